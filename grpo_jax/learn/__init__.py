@@ -1,0 +1,1 @@
+"""Log-probs, advantages, objectives and the one jitted update step."""

@@ -1,0 +1,89 @@
+"""Per-token log-probabilities through a chunked output head.
+
+[B, T, V] never exists: the head runs on CHUNK tokens at a time and the backward pass recomputes
+each chunk's logits. Products accumulate in float32 whatever the compute dtype, because bfloat16
+rounding of chunked products biases training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+CHUNK = 512  # tokens whose logits exist at one time
+
+
+def token_logps(
+    hidden: Array, head: Array, targets: Array, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """Log-probs of given tokens, differentiable in `hidden` and `head`, and the entropy.
+
+    Args:
+      hidden: [..., D], the state just before each token.
+      head: [D, V].
+      targets: int32 [...].
+      temperature: logits are divided by it; must be positive.
+
+    Returns:
+      logps float32 [...] and entropy float32 [...] in nats (no gradient).
+    """
+    chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
+
+    def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        scores = _scores(hidden, head) / temperature
+        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        frozen = jax.lax.stop_gradient(scores)
+        mean_score = jnp.sum(jax.nn.softmax(frozen, axis=-1) * frozen, axis=-1)
+        entropy = jax.lax.stop_gradient(log_normaliser) - mean_score
+        return chosen - log_normaliser, entropy
+
+    return _in_chunks(chunk, hidden, targets)
+
+
+def forward_kl(hidden_p: Array, head_p: Array, hidden_q: Array, head_q: Array) -> Array:
+    """KL(p || q) over the whole vocabulary at each position.
+
+    Args:
+      hidden_p, hidden_q: [..., D] states of the two models.
+      head_p, head_q: [D, V].
+
+    Returns:
+      float32 [...] in nats.
+    """
+
+    def chunk(hidden_p: Array, hidden_q: Array) -> Array:
+        log_p = jax.nn.log_softmax(_scores(hidden_p, head_p), axis=-1)
+        log_q = jax.nn.log_softmax(_scores(hidden_q, head_q), axis=-1)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    return _in_chunks(chunk, hidden_p, hidden_q)
+
+
+def _scores(hidden: Array, head: Array) -> Array:
+    # Cast inside the chunk: the head's gradient is then summed over chunks in the head's own dtype.
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _in_chunks(fn: Callable[..., Any], hidden: Array, *arrays: Array) -> Any:
+    """Maps fn over CHUNK tokens at a time; the leading axes of all arrays are those of a token."""
+    lead = hidden.shape[:-1]
+    count = 1
+    for size in lead:
+        count *= size
+    size = min(CHUNK, count)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(count, *x.shape[len(lead) :])
+        x = jnp.pad(x, ((0, -count % size), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, size, *x.shape[1:])
+
+    chunks = tuple(split(x) for x in (hidden, *arrays))
+    out = jax.lax.map(lambda c: jax.checkpoint(fn)(*c), chunks)
+    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(lead), out)

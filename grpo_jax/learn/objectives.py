@@ -1,0 +1,133 @@
+"""Losses over per-token log-probs, by the names the field uses (TRL's, checked against it).
+
+A loss is a sum of per-token losses times per-token weights; the weights carry the normalisation
+and are known before any gradient is taken, so accumulating micro-batches gives exactly the
+unaccumulated loss (bnpo excepted, which is defined on the micro-batch).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import GRPO
+from grpo_jax.structs import Array, TrainBatch
+
+
+class Stats(NamedTuple):
+    """Metrics of a micro-batch: parts of a token mean, to be added up, and maxima."""
+
+    means: dict[str, Array]  # float32 [] each
+    maxima: dict[str, Array]  # float32 [] each
+
+
+def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Array:
+    """The weight of each token's loss.
+
+    Args:
+      mask: bool [A, P, G, T], A micro-batches.
+      loss_type: "grpo": mean over rows of the row's token mean (arXiv 2402.03300). "dapo": mean
+        over all tokens of all micro-batches (arXiv 2503.14476). "dr_grpo": sum / (rows *
+        max_completion_length) (arXiv 2503.20783). "bnpo": mean over the micro-batch's tokens,
+        then over micro-batches.
+      max_completion_length: the configured limit, whatever the padding.
+
+    Returns:
+      float32 [A, P, G, T], 0 where masked.
+    """
+    weights = mask.astype(jnp.float32)
+    A, P, G, _ = mask.shape
+    if loss_type == "grpo":
+        return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1.0) / (A * P * G)
+    if loss_type == "dr_grpo":
+        return weights / (A * P * G * max_completion_length)
+    if loss_type == "bnpo":
+        return weights / jnp.maximum(weights.sum((1, 2, 3), keepdims=True), 1.0) / A
+    return weights / jnp.maximum(weights.sum(), 1.0)  # dapo
+
+
+def sft_loss(
+    logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
+) -> tuple[Array, Stats]:
+    """Cross-entropy of the completion tokens. Arguments as in `grpo_loss`."""
+    means = {"entropy": jnp.sum(entropy * token_mean)}
+    return -jnp.sum(logps * weights), Stats(means, {})
+
+
+def build_grpo_loss(cfg: GRPO, on_policy: bool):
+    """The loss function of one configuration; `on_policy` says that each rollout is used once."""
+
+    def grpo_loss(
+        logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
+    ) -> tuple[Array, Stats]:
+        """Clipped surrogate plus beta KL.
+
+        Args:
+          logps: float32 [P, G, T], differentiable.
+          entropy: float32 [P, G, T].
+          batch: advantages, mask, old and reference log-probs.
+          weights: float32 [P, G, T] of `token_weights`.
+          token_mean: float32 [P, G, T], mask / number of tokens in all micro-batches.
+
+        Returns:
+          the loss, float32 [], and its Stats.
+        """
+        old = jax.lax.stop_gradient(logps) if on_policy else batch.old_logps
+        advantage = batch.advantages[..., None]
+        ratio = importance_ratio(logps, old, batch.mask, cfg.importance_sampling_level)
+        low = 1.0 - cfg.epsilon
+        high = 1.0 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
+        bounded = ratio if cfg.delta is None else jnp.minimum(ratio, cfg.delta)
+        surrogate = jnp.minimum(bounded * advantage, jnp.clip(ratio, low, high) * advantage)
+        policy_loss = -jnp.sum(surrogate * weights)
+        loss = policy_loss
+
+        too_low = (ratio < low) & (advantage < 0)
+        too_high = (ratio > high) & (advantage > 0)
+        drift = jnp.where(batch.mask, jnp.abs(logps - batch.old_logps), 0.0)
+        means = {
+            "entropy": jnp.sum(entropy * token_mean),
+            "clip_ratio/low": jnp.sum(too_low * token_mean),
+            "clip_ratio/high": jnp.sum(too_high * token_mean),
+            "clip_ratio/region": jnp.sum((too_low | too_high) * token_mean),
+            "sampling/sampling_logp_difference/mean": jnp.sum(drift * token_mean),
+            "policy_loss": policy_loss,
+        }
+        if batch.ref_logps is not None:
+            kl = kl_estimate(logps, batch.ref_logps, cfg.kl_estimator)
+            corrected = kl * ratio if cfg.kl_bias_correction else kl
+            loss = loss + cfg.beta * jnp.sum(corrected * weights)
+            means["kl"] = jnp.sum(kl * token_mean)
+        maxima = {"sampling/sampling_logp_difference/max": jnp.max(drift)}
+        return loss, Stats(means, maxima)
+
+    return grpo_loss
+
+
+def importance_ratio(logps: Array, old: Array, mask: Array, level: str) -> Array:
+    """exp(logps - old) a token, or its geometric mean over the row (GSPO, arXiv 2507.18071).
+
+    Returns:
+      float32 [P, G, T] or [P, G, 1].
+    """
+    difference = jnp.where(mask, logps - old, 0.0)
+    if level == "sequence":
+        length = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+        difference = jnp.sum(difference, axis=-1, keepdims=True) / length
+    return jnp.exp(difference)
+
+
+def kl_estimate(logps: Array, ref_logps: Array, kind: str) -> Array:
+    """Per-token estimates of KL(policy || reference) (http://joschu.net/blog/kl-approx.html).
+
+    k1 = log(p / ref) is unbiased, k2 = k1^2 / 2 has low variance, k3 = ref / p - 1 + k1 both and
+    is never negative.
+    """
+    difference = logps - ref_logps
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return 0.5 * difference**2
+    return jnp.expm1(-difference) + difference

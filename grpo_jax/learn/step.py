@@ -1,0 +1,140 @@
+"""The jitted functions of learning: one update step, for SFT and GRPO alike, and log-probs.
+
+Which tree is trained is decided here and nowhere else: with LoRA the adapter is, and `frozen` is
+the model it adapts, which is also the reference; without, the whole model is, and `frozen` is the
+reference copy (or None when nothing needs one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.config import Lora
+from grpo_jax.learn.logps import token_logps
+from grpo_jax.learn.objectives import Stats, token_weights
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, head
+from grpo_jax.structs import Array, TrainBatch, TrainState
+
+LossFn = Callable[[Array, Array, TrainBatch, Array, Array], tuple[Array, Stats]]
+
+
+def policy_variables(trained: dict, frozen: dict | None, cfg: Lora) -> dict:
+    """What `Decoder.apply` takes for the policy."""
+    if cfg.rank:
+        return {"params": frozen, "lora": lora.scaled(trained, cfg)}
+    return {"params": trained}
+
+
+def init_state(trained: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; call it under jit to place it."""
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+
+
+def batch_logps(
+    model: Decoder, variables: dict, batch: TrainBatch, temperature: float, rngs: dict | None = None
+) -> tuple[Array, Array]:
+    """Log-probs and entropy, float32 [P, G, T], of the completions of a batch."""
+    hidden = model.apply(
+        variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
+    )
+    return token_logps(hidden, head(variables["params"]), batch.ids, temperature)
+
+
+def build_logps(
+    model: Decoder, temperature: float, micro_batches: int = 1
+) -> Callable[[dict, TrainBatch], Array]:
+    """The jitted function logps(variables, batch) -> float32 [P, G, T], without gradient."""
+
+    def logps(variables: dict, batch: TrainBatch) -> Array:
+        def one(micro: TrainBatch) -> Array:
+            return batch_logps(model, variables, micro, temperature)[0]
+
+        if micro_batches == 1:
+            return one(batch)
+        out = jax.lax.map(one, _split(batch, micro_batches))
+        return jnp.moveaxis(out, 0, 1).reshape(batch.ids.shape)
+
+    return jax.jit(logps)
+
+
+def build_update(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFn,
+    cfg: Lora,
+    *,
+    loss_type: str = "dapo",
+    max_completion_length: int = 1,
+    temperature: float = 1.0,
+    micro_batches: int = 1,
+) -> Callable[[TrainState, dict | None, TrainBatch, Array], tuple[TrainState, dict[str, Array]]]:
+    """The jitted, donated update(state, frozen, batch, key) -> (state, stats).
+
+    Args:
+      model: the decoder.
+      optimizer: of `build_optimizer`.
+      loss_fn: of learn.objectives.
+      cfg: LoRA settings; rank 0 trains the whole model.
+      loss_type, max_completion_length: see `token_weights`.
+      temperature: the log-probs' temperature, that of sampling.
+      micro_batches: the batch's prompts are split into this many, and gradients accumulated.
+
+    Returns:
+      update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. stats holds
+      float32 scalars: loss, grad_norm, num_tokens and those of the loss function.
+    """
+
+    def loss(
+        trained: dict, frozen: dict | None, micro: TrainBatch, weights: Array, mean: Array, key: Array
+    ) -> tuple[Array, Stats]:
+        variables = policy_variables(trained, frozen, cfg)
+        rngs = {"dropout": key} if cfg.rank and cfg.dropout else None
+        logps, entropy = batch_logps(model, variables, micro, temperature, rngs)
+        return loss_fn(logps, entropy, micro, weights, mean)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def update(
+        state: TrainState, frozen: dict | None, batch: TrainBatch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        batches = _split(batch, micro_batches)
+        weights = token_weights(batches.mask, loss_type, max_completion_length)
+        token_mean = token_weights(batches.mask, "dapo", max_completion_length)
+        keys = jax.random.split(key, micro_batches)
+
+        def accumulate(grads: dict, xs: tuple) -> tuple[dict, tuple[Array, Stats]]:
+            out, new = gradient(state.params, frozen, *xs)
+            return jax.tree.map(jnp.add, grads, new), out
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        xs = (batches, weights, token_mean, keys)
+        if micro_batches == 1:
+            (value, parts), grads = gradient(state.params, frozen, *jax.tree.map(lambda x: x[0], xs))
+        else:
+            grads, (value, parts) = jax.lax.scan(accumulate, zeros, xs)
+            value = jnp.sum(value)
+            parts = Stats(
+                jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima)
+            )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        stats = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        stats |= {"num_tokens": jnp.sum(batch.mask).astype(jnp.float32)}
+        stats |= parts.means | parts.maxima
+        return TrainState(state.step + 1, params, opt_state), stats
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _split(batch: TrainBatch, parts: int) -> TrainBatch:
+    """[P, ...] -> [parts, P / parts, ...] on every array.
+
+    Micro-batch i takes prompts i, i + parts, ...: neighbours in the sharded axis then stay apart
+    and every device works on every micro-batch.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)

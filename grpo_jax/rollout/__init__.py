@@ -1,0 +1,1 @@
+"""Sampling completions: one jitted prefill and decode loop."""

@@ -1,0 +1,125 @@
+"""Drawing one token a row from logits, and its log-probability.
+
+Every truncation (top-k, top-p, min-p) keeps the tokens whose logit reaches some threshold, so
+warping is finding a threshold and nothing is ever sorted. The draw itself is an inverse CDF in two
+levels, blocks and then tokens, which touches the vocabulary twice and needs two uniforms a row
+(one float32 uniform cannot resolve probabilities below 1e-7; a second inside the block can).
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import Sampling
+
+Array = jax.Array
+
+BLOCK = 256  # tokens a block of the two-level search
+BISECTIONS = 24  # halvings of the logit range: 30 / 2^24 is float32's own resolution
+LOWEST = -30.0  # log of the smallest probability, relative to the largest, that top-p can keep
+
+
+def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """One token a row.
+
+    Args:
+      logits: float32 [R, V].
+      uniforms: float32 [R, 2] in [0, 1); not read when temperature = 0.
+      sampling: temperature (0 means greedy), top_k, top_p and min_p, applied in that order as
+        transformers applies its warpers.
+
+    Returns:
+      tokens int32 [R] and their log-probs float32 [R] under softmax(logits / temperature), before
+      truncation: the probability that the update's ratio is about. Greedy: under softmax(logits).
+    """
+    chex.assert_rank([logits, uniforms], 2)
+    scores = logits if sampling.temperature == 0 else logits / sampling.temperature
+    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores)
+    log_normaliser = jnp.log(jnp.sum(weights, axis=-1))
+    if sampling.temperature == 0:
+        tokens = _argmax(scores)
+    else:
+        keep = threshold(scores, weights, sampling)
+        if keep is not None:
+            weights = jnp.where(scores >= keep[:, None], weights, 0.0)
+        tokens = _inverse_cdf(weights, uniforms)
+    logps = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0] - log_normaliser
+    return tokens, logps
+
+
+def threshold(scores: Array, weights: Array, sampling: Sampling) -> Array | None:
+    """The smallest score that survives truncation.
+
+    Args:
+      scores: float32 [R, V], largest 0 in every row.
+      weights: exp(scores).
+      sampling: which truncations.
+
+    Returns:
+      float32 [R], or None when nothing is truncated.
+    """
+    keep = None
+    vocab_size = scores.shape[-1]
+    if 0 < sampling.top_k < vocab_size:
+        keep = jax.lax.top_k(scores, sampling.top_k)[0][:, -1]
+        weights = jnp.where(scores >= keep[:, None], weights, 0.0)
+    if sampling.top_p < 1.0:
+        nucleus = _nucleus(scores, weights, sampling.top_p)
+        keep = nucleus if keep is None else jnp.maximum(keep, nucleus)
+    if sampling.min_p > 0.0:
+        floor = jnp.full(scores.shape[:1], jnp.log(sampling.min_p), scores.dtype)
+        keep = floor if keep is None else jnp.maximum(keep, floor)
+    return keep
+
+
+def _nucleus(scores: Array, weights: Array, top_p: float) -> Array:
+    """The largest threshold whose survivors hold at least top_p of the mass (arXiv 1904.09751)."""
+    wanted = top_p * jnp.sum(weights, axis=-1)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # mass(low) >= wanted always
+        middle = 0.5 * (low + high)
+        mass = jnp.sum(jnp.where(scores >= middle[:, None], weights, 0.0), axis=-1)
+        enough = mass >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.full(wanted.shape, LOWEST, scores.dtype)
+    low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, jnp.zeros_like(low)))
+    # If the top token alone suffices, `high` never moved from 0 and is itself the answer.
+    top_mass = jnp.sum(jnp.where(scores >= 0.0, weights, 0.0), axis=-1)
+    return jnp.where(top_mass >= wanted, 0.0, low)
+
+
+def _blocks(x: Array, fill: float) -> Array:
+    """[R, V] -> [R, V / BLOCK, BLOCK], the tail filled."""
+    rows, vocab_size = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -vocab_size % BLOCK)), constant_values=fill)
+    return x.reshape(rows, -1, BLOCK)
+
+
+def _argmax(scores: Array) -> Array:
+    blocks = _blocks(scores, -jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+
+
+def _inverse_cdf(weights: Array, uniforms: Array) -> Array:
+    """int32 [R]: index i with probability weights[:, i] / sum, never one of weight 0."""
+    blocks = _blocks(weights, 0.0)
+    block = _pick(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * BLOCK + _pick(inside, uniforms[:, 1])).astype(jnp.int32)
+
+
+def _pick(weights: Array, uniform: Array) -> Array:
+    """The first index of positive weight at which the running sum exceeds uniform * total."""
+    running = jnp.cumsum(weights, axis=-1)
+    positive = weights > 0
+    hit = positive & (running > uniform[:, None] * running[:, -1:])
+    # Rounding can leave no hit when uniform is next to 1: then it is the last positive index.
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
