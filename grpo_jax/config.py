@@ -1,0 +1,320 @@
+"""The configuration: one typed dataclass a room, every field read by exactly that room.
+
+A file in configs/ returns a `Config` from `get_config()`; flags such as `--config.grpo.beta=0.02`
+override single fields. The dataclasses are mutable only because ml_collections' config_flags sets
+attributes; nothing writes to them after start-up. `validate` lists every error at once.
+
+Paths (`model.path`, `encoder.path`, `data.train`, ...) are a local folder or file, a Hugging Face
+hub id, or `asset:NAME`, which `grpo_jax.assets` fetches or builds once into the user's cache.
+
+Annotations are real types here, not strings, and optional ones are written Optional[...]:
+config_flags looks at them.
+"""
+# ruff: noqa: UP045
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional, get_args, get_origin, get_type_hints
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) on linear layers; rank 0 trains the whole model."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+
+@dataclass
+class Model:
+    """The policy."""
+
+    path: str = ""
+    dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16
+    param_dtype: str = "float32"  # of trained parameters; float32 under bfloat16 = master weights
+    remat: bool = True  # recompute each layer in the backward pass
+    lora: Lora = field(default_factory=Lora)
+
+
+@dataclass
+class Encoder:
+    """The frozen sentence encoder behind the semantic reward, and the judge beside it."""
+
+    path: str = ""
+    dtype: str = "float32"
+    max_length: Optional[int] = None  # tokens; None: as the encoder's folder says
+    batch_size: int = 64  # texts at a time; they are sorted into length buckets
+    judge: str = ""  # a second encoder, used by evaluation only; '' means none
+
+
+@dataclass
+class Data:
+    """Parallel text and how it becomes prompts."""
+
+    train: str = ""  # a path; its rows serve every split that has no file of its own
+    dev: str = ""
+    test: str = ""
+    hub_config: str = ""  # the configuration name of a Hugging Face dataset
+    source_field: str = "source"
+    target_field: str = "target"
+    group_field: str = ""  # '' means that every row is its own group
+    target_optional: bool = False  # monolingual rows are welcome (source-anchored reward)
+    on_bad_row: str = "error"  # or "skip"
+    dev_fraction: float = 0.05
+    test_fraction: float = 0.05
+    max_rows: int = 0  # 0 means all; taken after the split, in a seeded order
+    cold_start_rows: int = 0  # rows that only SFT sees; 0: SFT and GRPO both use all rows
+    prompt: str = "Translate to English: {source}"
+    system: str = ""  # a system message; needs chat = True
+    chat: bool = True  # wrap the prompt in the tokenizer's chat template
+    max_prompt_length: int = 128  # tokens, template included; longer rows are dropped and counted
+    max_completion_length: int = 64  # tokens, EOS included; training targets longer are dropped
+    seed: int = 0  # of the split and of the row order
+
+
+@dataclass
+class Optimizer:
+    """AdamW with clipping and a schedule (optax)."""
+
+    learning_rate: float = 1e-5
+    schedule: str = "constant"  # constant, linear or cosine, after the warm-up
+    warmup_ratio: float = 0.0  # share of the steps
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # 0 means no clipping
+    moment_dtype: str = "float32"  # of the first moment: float32 or bfloat16
+
+
+@dataclass
+class SFT:
+    """Cold start: completion-only cross-entropy on the reference texts."""
+
+    batch_size: int = 32
+    epochs: float = 1.0
+    max_steps: int = 0  # 0: as many as `epochs` says
+    gradient_accumulation_steps: int = 1
+    eval_every: int = 0  # steps between dev evaluations; 0: only at the end
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(learning_rate=2e-5, schedule="cosine")
+    )
+
+
+@dataclass
+class Sampling:
+    """How completions are drawn. Truncations apply in the order top_k, top_p, min_p."""
+
+    temperature: float = 1.0  # 0 means greedy
+    top_k: int = 0  # 0 means off
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass
+class GRPO:
+    """Group relative policy optimisation (arXiv 2402.03300) and its relatives, in TRL's words."""
+
+    prompts_per_step: int = 16
+    num_generations: int = 8
+    epochs: float = 1.0
+    max_steps: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    beta: float = 0.01
+    kl_estimator: str = "k3"  # k1, k2 or k3
+    kl_bias_correction: bool = True  # multiply the estimate by the importance ratio
+    loss_type: str = "dapo"  # grpo, bnpo, dr_grpo or dapo
+    importance_sampling_level: str = "token"  # or "sequence" (GSPO)
+    epsilon: float = 0.2
+    epsilon_high: Optional[float] = None  # None: epsilon
+    delta: Optional[float] = None  # two-sided clipping's upper bound
+    advantage: str = "group"  # group, rloo (leave-one-out) or gdpo (each term by itself)
+    scale_rewards: str = "group"  # group, batch or none
+    num_iterations: int = 1  # passes over each rollout
+    num_minibatches: int = 1  # optimizer steps a pass
+    gradient_accumulation_steps: int = 1
+    mask_truncated_completions: bool = False
+    eval_every: int = 0
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-7))
+
+
+@dataclass
+class Reward:
+    """R = semantic_weight R_sim + language_weight R_lang - penalties (arXiv 2605.14366)."""
+
+    anchor: str = "target"  # the text that completions are compared with: target or source
+    semantic_weight: float = 1.5
+    language_weight: float = 1.0
+    length_weight: float = 0.0
+    repetition_weight: float = 0.0
+    hard_gate: bool = False  # the wrong language zeroes the whole reward
+    tau: Optional[float] = None  # cosine below which R_sim = 0; None: calibrated on dev
+    tau_quantile: float = 0.25  # of the cold-start model's dev cosines
+    language: str = "en"  # ISO 639-1/3 code of the language that completions should be in
+    max_length_ratio: float = 2.0  # completion / reference; the penalty grows from here
+    max_repetition: float = 0.15  # share of repeated 4-grams; the penalty starts here
+
+
+@dataclass
+class Recover:
+    """Optional short SFT after GRPO (SG-SRL, arXiv 2605.29502)."""
+
+    sft: SFT = field(default_factory=SFT)
+
+
+@dataclass
+class Evaluation:
+    """What every arm is measured on."""
+
+    max_rows: int = 256  # held-out rows
+    batch_size: int = 32
+    bootstrap: int = 1000  # resamples behind each confidence interval
+    retention: str = ""  # plain text, one passage a line: what the model should not forget
+    max_retention_rows: int = 128
+    max_retention_length: int = 128  # tokens a passage
+
+
+@dataclass
+class Mesh:
+    """Device mesh; -1 fills in what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass
+class Checkpoint:
+    """Orbax checkpoints of each training stage."""
+
+    every: int = 100  # steps
+    keep: int = 2  # newest ones; the best on dev is kept besides
+    load_best_at_end: bool = False  # a stage's result is its best on dev, not its last
+
+
+@dataclass
+class Export:
+    """Hugging Face folders of finished arms."""
+
+    arms: tuple[str, ...] = ()  # (): the last trained one
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class Log:
+    every: int = 1  # steps between metric rows
+    samples_every: int = 10  # steps between entries of samples.jsonl
+    samples: int = 4  # prompts an entry
+
+
+@dataclass
+class Config:
+    """A run: the stages, in order, and what each needs."""
+
+    stages: tuple[str, ...] = ("sft", "grpo", "evaluate", "export")
+    seed: Optional[int] = None  # None: a fresh one, recorded in config.json
+    model: Model = field(default_factory=Model)
+    encoder: Encoder = field(default_factory=Encoder)
+    data: Data = field(default_factory=Data)
+    sft: SFT = field(default_factory=SFT)
+    grpo: GRPO = field(default_factory=GRPO)
+    recover: Recover = field(default_factory=Recover)
+    reward: Reward = field(default_factory=Reward)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    log: Log = field(default_factory=Log)
+
+
+STAGES = ("sft", "grpo", "recover", "evaluate", "export")  # all there are, in their order
+
+# Not part of a run's identity, so these may change when it is resumed: what changes nothing that is
+# computed, and what only a stage behind the training reads, which then runs again.
+CADENCE = (
+    "stages", "seed", "log", "checkpoint.every", "checkpoint.keep", "mesh", "model.remat",
+    "encoder.batch_size",
+)  # fmt: skip
+AFTER_TRAINING = {"evaluate": ("evaluation", "encoder.judge"), "export": ("export",)}
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """'; did you mean ...?' with the options closest to `name`, or '' when none is close."""
+    options = list(options)
+    last = name.rsplit(".", 1)[-1]
+    close = [o for o in options if o.rsplit(".", 1)[-1] == last]
+    close = close or difflib.get_close_matches(name, options, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A section as nested JSON-ready dicts; tuples become lists, ints in float fields floats."""
+    hints = get_type_hints(type(cfg))
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif type(value) is int and float in (hints[f.name], *get_args(hints[f.name])):
+            value = float(value)  # beta=1 and beta=1.0 are the same run
+        out[f.name] = value
+    return out
+
+
+def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> Any:
+    """The inverse of `to_dict`: absent fields keep their defaults; ValueError for unknown ones."""
+    hints = get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"config: no field {prefix}{name}{did_you_mean(name, hints)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(value, hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif get_origin(hint) is tuple:
+            value = tuple(value)
+        fields[name] = value
+    return kind(**fields)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict of dotted names: {"grpo.beta": 0.01, ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The dotted fields of a `to_dict` that decide what a run trains."""
+    others = CADENCE + sum(AFTER_TRAINING.values(), ())
+    return {k: v for k, v in flatten(values).items() if not _under(k, others)}
+
+
+def stage_fields(values: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The dotted fields of a `to_dict` that only this stage, behind the training, depends on."""
+    own = AFTER_TRAINING.get(stage, ())
+    return {k: v for k, v in flatten(values).items() if _under(k, own)}
+
+
+def fingerprint(cfg: Config) -> str:
+    """16 hex digits that name the run's identity; equal fingerprints compute the same thing."""
+    text = json.dumps(identity(to_dict(cfg)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)

@@ -1,0 +1,1 @@
+"""What a run stands on: devices, the working directory, checkpoints, metrics and progress."""

@@ -1,0 +1,161 @@
+"""The device mesh and where every array lies on it.
+
+One table of path rules shards the policy, its adapters and, since the paths of optimizer moments
+end in the same names, the optimizer state. Whatever no rule names is replicated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax import config
+
+Tree = TypeVar("Tree")
+
+AXES = ("data", "fsdp", "tensor")
+
+# The end of a leaf's path -> its dimensions' axes. Layer leaves are stacked, [L, in, out]. Column
+# parallel linears split their output over "tensor" and row parallel ones their input, so that a
+# block needs one reduction (Megatron-LM, arXiv 1909.08053); "fsdp" takes the other dimension.
+_COLUMN = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"
+_ROW = r"(o_proj|down_proj)"
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),  # [V, D]
+    (r"lm_head/kernel", P("fsdp", "tensor")),  # [D, V]
+    (_COLUMN + r"/kernel", P(None, "fsdp", "tensor")),
+    (_COLUMN + r"/bias", P(None, "tensor")),
+    (_COLUMN + r"/lora_a", P(None, "fsdp", None)),  # [L, in, r]
+    (_COLUMN + r"/lora_b", P(None, None, "tensor")),  # [L, r, out]
+    (_ROW + r"/kernel", P(None, "tensor", "fsdp")),
+    (_ROW + r"/lora_a", P(None, "tensor", None)),
+    (_ROW + r"/lora_b", P(None, None, "fsdp")),
+)
+
+
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), axes ("data", "fsdp", "tensor"), -1 filled in.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    asked = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
+        raise ValueError(f"{asked}: wanted positive sizes, and -1 at most once")
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"{asked}: the sizes do not fit the {len(devices)} devices of this run; wanted sizes "
+            "whose product is that number (one of them may be -1: whatever is left)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for each leaf of a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
+
+    An axis that does not divide its dimension is dropped there.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _spec(mesh, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+    for ending, spec in PARAM_RULES:
+        if re.search(rf"(^|/){ending}$", name) and len(spec) == len(shape):
+            fits = (
+                axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, shape, strict=True)
+            )
+            return P(*fits)
+    return P()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over "data" and "fsdp"."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def check_rows(mesh: Mesh, name: str, rows: int) -> None:
+    """Raises ValueError unless `rows` global rows can be split evenly over the mesh.
+
+    Args:
+      name: what has that many rows, in the config's words, for the message.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"{name}: got {rows} rows, wanted a multiple of {parts}, the devices along mesh.data * "
+            f"mesh.fsdp; change {name}, or give devices to mesh.tensor"
+        )
+
+
+def put_batch(mesh: Mesh, batch: Tree) -> Tree:
+    """Places a NamedTuple of host arrays (None leaves allowed) by `batch_sharding`.
+
+    Args:
+      batch: this process's rows; the global arrays hold those of all processes, in their order.
+    """
+    sharding = batch_sharding(mesh)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    check_rows(mesh, "the batch", rows * jax.process_count())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def put_same(mesh: Mesh, tree: Tree) -> Tree:
+    """Places host arrays that every process holds alike: split by rows where they divide evenly."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(x: Any) -> jax.Array:
+        even = np.shape(x)[0] % parts == 0
+        return jax.device_put(np.asarray(x), batch_sharding(mesh) if even else replicated(mesh))
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on the host, on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def fetch_local(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split by `batch_sharding`."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def global_max(value: int) -> int:
+    """The largest of all processes' values."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(value)).max())

@@ -1,0 +1,104 @@
+"""python -m grpo_jax.main --config=configs/NAME.py --workdir=runs/NAME [--config.grpo.beta=0.02]
+
+Reads the configuration, opens everything it names, and runs its stages in order. The same command
+resumes an interrupted run; finished stages are not run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from grpo_jax import assets
+from grpo_jax.config import Config
+from grpo_jax.config_check import validate
+from grpo_jax.flags import check_flags
+from grpo_jax.infra import distributed
+from grpo_jax.infra.workdir import Workdir
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed.")
+
+_log = logging.getLogger("grpo_jax")
+
+
+def train(cfg: Config, workdir: str) -> None:
+    """Runs the stages of `cfg` in `workdir`.
+
+    Raises:
+      ValueError, FileNotFoundError, OSError: one message that names the thing and the remedy.
+      FloatingPointError: training diverged; what was saved before is intact.
+    """
+    import jax
+
+    validate(cfg)
+    jax.config.update("jax_compilation_cache_dir", _compilation_cache())
+    distributed.initialize()
+    opened = Workdir.open(workdir, cfg)
+    # Models, flax and transformers take seconds to import: a bad config should not wait for them.
+    from grpo_jax.stages.evaluate import measure_arm, report, run_evaluate
+    from grpo_jax.stages.export import run_export
+    from grpo_jax.stages.grpo import run_grpo
+    from grpo_jax.stages.run import open_run
+    from grpo_jax.stages.sft import run_sft
+
+    stages = {
+        "sft": lambda run: run_sft(run, "sft", cfg.sft),
+        "grpo": lambda run: run_grpo(run, "grpo", cfg.grpo),
+        "recover": lambda run: run_sft(run, "recover", cfg.recover.sft),
+        "evaluate": run_evaluate,
+        "export": run_export,
+    }
+    try:
+        run = open_run(cfg, opened)
+        if "evaluate" in cfg.stages:
+            measure_arm(run, "base")  # first: whatever evaluation needs is missing now or never
+        for stage in cfg.stages:
+            if opened.stage_done(stage) is not None:
+                _log.info("%s: done before", stage)
+                continue
+            began = time.monotonic()
+            stages[stage](run)
+            opened.mark_done(stage, {"seconds": time.monotonic() - began})
+            _log.info("%s: %.0f s", stage, time.monotonic() - began)
+        summary = report(run)
+        run.writer.close()
+        if distributed.is_main():
+            print(f"\n{summary}\n\nreport: {opened.report}")
+    finally:
+        opened.close()
+
+
+def _compilation_cache() -> str:
+    """Where compiled programs are kept between runs; JAX_COMPILATION_CACHE_DIR overrides it."""
+    default = str(assets.cache_folder() / "compiled")
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+
+
+def _main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every detail there
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    try:
+        train(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("GRPO_JAX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    check_flags(sys.argv)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(_main)

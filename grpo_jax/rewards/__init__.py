@@ -1,0 +1,6 @@
+"""Rewards: what a completion is worth. Start at scorer.py; the formulas are in terms.py."""
+
+from grpo_jax.rewards.calibrate import calibrate_tau
+from grpo_jax.rewards.scorer import Scorer, similarity, within_group_stats
+
+__all__ = ["Scorer", "calibrate_tau", "similarity", "within_group_stats"]

@@ -1,0 +1,39 @@
+"""Greedy completions of held-out rows, for calibration, dev scores and evaluation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from grpo_jax.data.batches import prompt_batch
+from grpo_jax.data.corpus import Example
+from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.stages.run import Run
+
+
+class Generated(NamedTuple):
+    texts: list[str]
+    ids: list[list[int]]  # as sampled, the EOS included
+    ended: np.ndarray  # bool [N], False where the limit cut the completion off
+
+
+def generate(run: Run, variables: dict, examples: list[Example]) -> Generated:
+    """One greedy completion an example, in their order; all processes get all of them."""
+    size = run.cfg.evaluation.batch_size
+    # Rows of one length together: a batch costs what its longest row does.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    ids: list[list[int]] = [[] for _ in examples]
+    ended = np.zeros(len(examples), bool)
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        filled = np.asarray((chosen * size)[:size])
+        prompts = prompt_batch(examples, filled, run.cfg.data.max_prompt_length)
+        on_mesh = mesh_lib.put_same(run.mesh, (prompts.ids, prompts.lengths))
+        rollout = run.greedy(variables, *on_mesh, jax.random.key(0), num_generations=1)
+        tokens, mask, stopped = (mesh_lib.fetch(x) for x in (rollout.ids, rollout.mask, rollout.ended))
+        for row, index in enumerate(chosen):
+            ids[index] = tokens[row, 0][mask[row, 0]].tolist()
+            ended[index] = stopped[row, 0]
+    return Generated(run.base.tokenizer.decode(ids), ids, ended)

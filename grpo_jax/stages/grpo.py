@@ -1,0 +1,230 @@
+"""GRPO with semantic rewards: prompts -> rollout -> texts -> rewards -> advantages -> update.
+
+One batch, read top to bottom, is `run_grpo`'s loop body. Deviations from the paper (arXiv
+2605.14366), all configurable: beta and the KL estimator are not published, so the defaults are
+0.01 and bias-corrected k3; the loss is token-normalised (dapo) as in TRL.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.config import GRPO
+from grpo_jax.data.batches import bucket, prompt_batch
+from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.infra.progress import track
+from grpo_jax.learn.advantages import advantages
+from grpo_jax.learn.objectives import build_grpo_loss
+from grpo_jax.learn.step import build_logps, build_update, policy_variables
+from grpo_jax.rewards.calibrate import calibrate_tau
+from grpo_jax.rewards.scorer import within_group_stats
+from grpo_jax.rollout.sampler import build_sampler
+from grpo_jax.stages import learner as learning
+from grpo_jax.stages.generation import generate
+from grpo_jax.stages.run import Run, stage_key
+from grpo_jax.structs import PromptBatch, Rewards, Rollout, TrainBatch
+
+_log = logging.getLogger(__name__)
+
+
+def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
+    """Trains from the arm before `stage` by its rewards and saves the result."""
+    rows, data, lora = run.corpus.train, run.cfg.data, run.cfg.model.lora
+    P, G, T = cfg.prompts_per_step, cfg.num_generations, data.max_completion_length
+    updates = cfg.num_iterations * cfg.num_minibatches  # optimizer steps a rollout
+    total = learning.total_steps(len(rows), P, cfg.epochs, cfg.max_steps)
+    learner = learning.open_learner(
+        run, stage, cfg.optimizer, total * updates, reference=cfg.beta > 0
+    )
+    state, frozen = learner.state, learner.frozen
+    variables = policy_variables(state.params, frozen, lora)
+    tau = learner.aux.get("tau")
+    if tau is None:
+        tau = _calibrate(run, variables)
+    eos_ids = run.base.tokenizer.eos_ids
+    sample = build_sampler(run.model, cfg.sampling, T, eos_ids, mesh_lib.replicated(run.mesh))
+    temperature = cfg.sampling.temperature
+    reference_logps = build_logps(run.model, temperature, cfg.gradient_accumulation_steps)
+    update = build_update(
+        run.model,
+        learner.optimizer,
+        build_grpo_loss(cfg, on_policy=updates == 1),
+        lora,
+        loss_type=cfg.loss_type,
+        max_completion_length=T,
+        temperature=temperature,
+        micro_batches=cfg.gradient_accumulation_steps,
+    )
+    key = stage_key(run, stage)
+    with track(stage, learner.step, total) as bar:
+        for step in range(learner.step, total):
+            clock = [time.monotonic()]
+            sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
+            mine, everyone = learning.batch_indices(len(rows), P, data.seed, step)
+            prompts = prompt_batch(rows, mine, data.max_prompt_length, everyone)
+            variables = policy_variables(state.params, frozen, lora)
+            on_mesh = mesh_lib.put_batch(run.mesh, (prompts.ids, prompts.lengths))
+            rollout = sample(variables, *on_mesh, sample_key, num_generations=G)
+            local = jax.tree.map(mesh_lib.fetch_local, rollout)
+            clock.append(time.monotonic())
+
+            texts = run.base.tokenizer.decode(_completions(local))
+            rewards = run.scorer.score(texts, prompts.rows, tau)
+            clock.append(time.monotonic())
+
+            batch = _train_batch(run, cfg, prompts, local, rewards)
+            if cfg.beta > 0:
+                batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+            collected = []
+            for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
+                state, stats = update(state, frozen, minibatch, update_key)
+                collected.append(stats)
+            metrics = _collect(jax.device_get(collected))
+            clock.append(time.monotonic())
+            learning.check_finite(stage, step + 1, metrics, everyone.tolist())
+
+            done, score = step + 1, None
+            metrics |= within_group_stats(rewards) | _completion_stats(local)
+            metrics |= _times(clock, metrics["num_tokens"])
+            metrics["learning_rate"] = float(learner.schedule(step * updates))
+            if learning.due(done, cfg.eval_every, total):
+                score = _dev_reward(run, policy_variables(state.params, frozen, lora), tau)
+                metrics["eval/reward"] = score
+            if learning.due(done, run.cfg.log.every, total) or score is not None:
+                run.writer.write(stage, done, metrics)
+            if learning.due(done, run.cfg.log.samples_every, total):
+                run.writer.samples(stage, done, _samples(run, prompts, texts, rewards))
+            if learning.due(done, run.cfg.checkpoint.every, total) or score is not None:
+                learning.save(learner, done, state, score, tau=tau)
+            bar.update(
+                reward=metrics["reward"],
+                kl=metrics.get("kl", 0.0),
+                tokens_per_second=metrics["tokens_per_second"],
+            )
+    learner.checkpoints.close()
+
+
+def _calibrate(run: Run, variables: dict) -> float:
+    """tau as configured, or from the cold-start model's greedy completions of the dev rows."""
+    cfg = run.cfg.reward
+    if cfg.tau is not None:
+        return cfg.tau
+    examples = run.corpus.dev[: run.cfg.evaluation.max_rows]
+    texts = generate(run, variables, examples).texts
+    anchors = [getattr(example.row, cfg.anchor) for example in examples]
+    similarity = run.scorer.similarity(texts, anchors)
+    tau = calibrate_tau(similarity, cfg.tau_quantile)
+    _log.info("tau = %.4f, quantile %g of %d dev cosines", tau, cfg.tau_quantile, len(texts))
+    return tau
+
+
+def _completions(local: Rollout) -> list[list[int]]:
+    """Token ids of each completion of this process, P * G lists."""
+    T = local.ids.shape[-1]
+    pairs = zip(local.ids.reshape(-1, T), local.mask.reshape(-1, T), strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def _train_batch(
+    run: Run, cfg: GRPO, prompts: PromptBatch, local: Rollout, rewards: Rewards
+) -> TrainBatch:
+    """The rollout on the mesh, cut to the bucket of its longest completion, with advantages."""
+    limit = run.cfg.data.max_completion_length
+    longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
+    T = bucket(longest, limit)
+    mask = local.mask & local.ended[..., None] if cfg.mask_truncated_completions else local.mask
+    total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, run.scorer.weighted(rewards)))
+    batch = TrainBatch(
+        prompt_ids=prompts.ids,
+        prompt_lengths=prompts.lengths,
+        ids=local.ids[..., :T],
+        mask=mask[..., :T],
+        advantages=np.zeros(local.ids.shape[:2], np.float32),
+        old_logps=local.logps[..., :T],
+    )
+    scored = advantages(total, terms, cfg.advantage, cfg.scale_rewards)
+    return mesh_lib.put_batch(run.mesh, batch)._replace(advantages=scored)
+
+
+def _minibatches(cfg: GRPO, batch: TrainBatch) -> Iterator[TrainBatch]:
+    """The rollout's prompts in num_minibatches interleaved parts, num_iterations times."""
+    parts = cfg.num_minibatches
+    for _ in range(cfg.num_iterations):
+        for part in range(parts):
+            yield batch if parts == 1 else jax.tree.map(lambda x, i=part: x[i::parts], batch)
+
+
+def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
+    """One row of metrics from the stats of a rollout's updates, in TRL's names."""
+    columns = {name: [float(stats[name]) for stats in updates] for name in updates[0]}
+    row = {name: float(np.mean(values)) for name, values in columns.items()}
+    row["num_tokens"] = sum(columns["num_tokens"])
+    for name in ("low", "high", "region"):
+        row[f"clip_ratio/{name}_mean"] = row.pop(f"clip_ratio/{name}")
+    row["clip_ratio/low_min"] = min(columns["clip_ratio/low"])
+    row["clip_ratio/high_max"] = max(columns["clip_ratio/high"])
+    drift = "sampling/sampling_logp_difference/max"
+    row[drift] = max(columns[drift])
+    return row
+
+
+def _completion_stats(local: Rollout) -> dict[str, float]:
+    lengths = local.mask.sum(-1).reshape(-1)
+    ended = local.ended.reshape(-1)
+    out = {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1.0 - ended.mean(),
+    }
+    if ended.any():
+        out |= {
+            "completions/mean_terminated_length": lengths[ended].mean(),
+            "completions/min_terminated_length": lengths[ended].min(),
+            "completions/max_terminated_length": lengths[ended].max(),
+        }
+    return {name: float(value) for name, value in out.items()}
+
+
+def _times(clock: list[float], tokens: float) -> dict[str, float]:
+    seconds = clock[-1] - clock[0]
+    phases = dict(zip(("sample", "score", "update"), np.diff(clock).tolist(), strict=True))
+    out = {f"time/{name}": value for name, value in phases.items()}
+    return out | {"step_time": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _dev_reward(run: Run, variables: dict, tau: float) -> float:
+    """Mean reward of greedy completions of the dev rows."""
+    examples = run.corpus.dev[: run.cfg.evaluation.max_rows]
+    texts = generate(run, variables, examples).texts
+    rows = [example.row for example in examples]
+    return float(np.mean(run.scorer.score(texts, rows, tau).total))
+
+
+def _samples(
+    run: Run, prompts: PromptBatch, texts: list[str], rewards: Rewards
+) -> list[dict[str, Any]]:
+    """The first prompts' groups as rows of samples.jsonl."""
+    G = len(texts) // len(prompts.rows)
+    host = jax.device_get(rewards)
+    rows = []
+    for p, row in enumerate(prompts.rows[: run.cfg.log.samples]):
+        for g in range(G):
+            terms = {f"rewards/{name}": float(term[p, g]) for name, term in host.terms.items()}
+            rows.append(
+                {
+                    "prompt": row.source,
+                    "completion": texts[p * G + g],
+                    "reference": row.target,
+                    "reward": float(host.total[p, g]),
+                    "similarity": float(host.similarity[p, g]),
+                    **terms,
+                }
+            )
+    return rows

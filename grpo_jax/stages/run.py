@@ -1,0 +1,227 @@
+"""What all stages share: the open workdir, the base model, the data, the encoders, the mesh.
+
+`open_run` loads all of it before anything expensive, so a missing file, a mismatched tokenizer or
+an empty split stops the run in its first seconds. `load_params` gives the weights of any arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import assets, hub
+from grpo_jax.config import Config, Sampling
+from grpo_jax.data.corpus import Corpus, load_corpus
+from grpo_jax.evals.judge import load_judge
+from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.infra.checkpoint import Checkpoints
+from grpo_jax.infra.workdir import Workdir
+from grpo_jax.infra.writers import MetricWriter
+from grpo_jax.learn.optimizer import build_optimizer
+from grpo_jax.learn.step import init_state
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.rewards.scorer import Scorer
+from grpo_jax.rollout.sampler import build_sampler
+from grpo_jax.structs import TrainState
+from grpo_jax.text.language import LanguageGate
+
+TRAINING = ("sft", "grpo", "recover")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run. Nothing in it changes while stages run."""
+
+    cfg: Config
+    workdir: Workdir
+    writer: MetricWriter
+    mesh: jax.sharding.Mesh
+    base: hub.Policy  # parameters on the host
+    model: Decoder  # the base's architecture with the run's dtype, remat and dropout
+    corpus: Corpus
+    scorer: Scorer
+    judge: Any | None
+    retention: list[list[int]]  # tokenized passages of general text
+    greedy: Any  # the greedy sampler
+    key: jax.Array
+
+    @property
+    def arms(self) -> list[str]:
+        """The base and the training stages, in order: those of this config, and those done."""
+        done = self.workdir.stage_done
+        return ["base", *(s for s in TRAINING if s in self.cfg.stages or done(s) is not None)]
+
+    def before(self, stage: str) -> str:
+        """The arm that a training stage starts from."""
+        return self.arms[self.arms.index(stage) - 1]
+
+
+def open_run(cfg: Config, workdir: Workdir) -> Run:
+    """Loads everything that `cfg` names.
+
+    Raises:
+      ValueError, FileNotFoundError: what is missing or does not fit, and the remedy.
+    """
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    _check_batches(cfg, mesh)
+    base = hub.load_decoder(
+        assets.resolve(cfg.model.path), dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
+    )
+    rank = cfg.model.lora.rank
+    model = Decoder(
+        base.config,
+        jnp.dtype(cfg.model.dtype),
+        remat=cfg.model.remat,
+        lora_dropout=cfg.model.lora.dropout if rank else 0.0,
+    )
+    if rank:
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), base.params, cfg.model.lora))
+    corpus = load_corpus(cfg.data, base.tokenizer, assets.resolve)
+    encoder = hub.load_encoder(
+        assets.resolve(cfg.encoder.path),
+        dtype=cfg.encoder.dtype,
+        max_length=cfg.encoder.max_length,
+        batch_size=cfg.encoder.batch_size,
+    )
+    seen = corpus.cold_start + corpus.train
+    gate = LanguageGate.fit(
+        cfg.reward.language,
+        [example.row.target for example in seen if example.row.target],
+        [example.row.source for example in seen],
+    )
+    judge = load_judge(assets.resolve(cfg.encoder.judge)) if cfg.encoder.judge else None
+    greedy = build_sampler(
+        model,
+        Sampling(temperature=0.0),
+        cfg.data.max_completion_length,
+        base.tokenizer.eos_ids,
+        mesh_lib.replicated(mesh),
+    )
+    for name, count in corpus.report.items():
+        _log.info("data: %s: %s", name, count)
+    return Run(
+        cfg=cfg,
+        workdir=workdir,
+        writer=MetricWriter(workdir),
+        mesh=mesh,
+        base=base,
+        model=model,
+        corpus=corpus,
+        scorer=Scorer(encoder, gate, cfg.reward),
+        judge=judge,
+        retention=_read_passages(cfg, base.tokenizer),
+        greedy=greedy,
+        key=jax.random.key(workdir.seed),
+    )
+
+
+def _check_batches(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Every array of prompts that is placed on the mesh must divide over it."""
+    for stage, sft in (("sft", cfg.sft), ("recover.sft", cfg.recover.sft)):
+        if stage.split(".")[0] in cfg.stages:
+            mesh_lib.check_rows(mesh, f"{stage}.batch_size", sft.batch_size)
+    if "grpo" in cfg.stages:
+        rows = cfg.grpo.prompts_per_step // cfg.grpo.num_minibatches
+        name = "grpo.prompts_per_step / grpo.num_minibatches"
+        mesh_lib.check_rows(mesh, name, rows)
+
+
+def stage_key(run: Run, stage: str) -> jax.Array:
+    """The key that all of a stage's randomness is folded from."""
+    return jax.random.fold_in(run.key, TRAINING.index(stage))
+
+
+def load_params(run: Run, arm: str) -> dict:
+    """The merged weights of an arm, in model.param_dtype, on the mesh.
+
+    Adapters merge along the chain: grpo = (base + sft's adapter) + grpo's adapter.
+    """
+    if arm == "base":
+        return put_params(run, run.base.params)
+    trained = load_trained(run, arm)
+    if not run.cfg.model.lora.rank:
+        return trained
+    merge = jax.jit(lambda p, a: lora.merge(p, lora.scaled(a, run.cfg.model.lora)))
+    return merge(load_params(run, run.before(arm)), trained)
+
+
+def load_trained(run: Run, arm: str) -> dict:
+    """The tree that a finished stage trained: the whole model or an adapter."""
+    with Checkpoints(run.workdir.checkpoints / arm, run.cfg.checkpoint.keep) as checkpoints:
+        step = checkpoints.best() if run.cfg.checkpoint.load_best_at_end else None
+        state, _ = checkpoints.restore(abstract_state(run, arm), step)
+    return state.params
+
+
+def put_params(run: Run, params: dict) -> dict:
+    """Host parameters to their places on the mesh; from NumPy, so that nothing aliases them."""
+    shardings = mesh_lib.param_shardings(run.mesh, params)
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), params, shardings)
+
+
+def fresh_trained(run: Run, key: jax.Array, params: dict) -> dict:
+    """The tree to train, from merged weights: a fresh adapter, or the weights themselves."""
+    if not run.cfg.model.lora.rank:
+        return params
+    return lora.init(key, params, run.cfg.model.lora)
+
+
+def frozen_copy(run: Run, params: dict) -> dict:
+    """The weights that stay: matrices in the compute dtype (what they are cast to anyway)."""
+
+    def copy(path: tuple, x: jax.Array) -> jax.Array:
+        matrix = path[-1].key in ("kernel", "embedding")
+        return jnp.array(x, run.model.dtype if matrix else x.dtype, copy=True)
+
+    return jax.tree_util.tree_map_with_path(copy, params)
+
+
+def abstract_state(run: Run, stage: str) -> TrainState:
+    """The stage's TrainState as shapes, dtypes and shardings."""
+    optimizer = build_optimizer(optimizer_of(run.cfg, stage), 1)
+
+    def init(params: dict) -> TrainState:
+        return init_state(fresh_trained(run, jax.random.key(0), params), optimizer)
+
+    shapes = jax.eval_shape(init, run.base.params)
+    shardings = mesh_lib.param_shardings(run.mesh, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def optimizer_of(cfg: Config, stage: str) -> Any:
+    """The optimizer section of a training stage."""
+    sections = {"sft": cfg.sft, "grpo": cfg.grpo, "recover": cfg.recover.sft}
+    return sections[stage].optimizer
+
+
+def _read_passages(cfg: Config, tokenizer: Any) -> list[list[int]]:
+    """General text, one passage a line, cut to the limit; passages of one token say nothing."""
+    if not cfg.evaluation.retention:
+        return []
+    path = assets.resolve(cfg.evaluation.retention)
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"evaluation.retention: cannot read {path}: {error}; give a UTF-8 text file with one "
+            "passage a line, or '' to measure no retention on general text"
+        ) from error
+    lines = lines[: cfg.evaluation.max_retention_rows]
+    passages = [
+        tokenizer.encode(line)[: cfg.evaluation.max_retention_length] for line in lines
+    ]
+    passages = [passage for passage in passages if len(passage) > 1]
+    if not passages:
+        raise ValueError(f"evaluation.retention: {path} holds no passage of two tokens or more")
+    return passages
