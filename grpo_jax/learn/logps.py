@@ -34,6 +34,8 @@ def token_logps(
       logps float32 [...] and entropy float32 [...] in nats (no gradient).
     """
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
+    # The gradient of the head adds up over chunks in the dtype that the head has outside of them.
+    head = head.astype(jnp.float32)
 
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = _scores(hidden, head) / temperature
@@ -67,7 +69,7 @@ def forward_kl(hidden_p: Array, head_p: Array, hidden_q: Array, head_q: Array) -
 
 
 def _scores(hidden: Array, head: Array) -> Array:
-    # Cast inside the chunk: the head's gradient is then summed over chunks in the head's own dtype.
+    # Cast inside the chunk, so that the backward pass casts each chunk's share before adding it.
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 

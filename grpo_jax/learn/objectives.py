@@ -86,21 +86,25 @@ def build_grpo_loss(cfg: GRPO, on_policy: bool):
 
         too_low = (ratio < low) & (advantage < 0)
         too_high = (ratio > high) & (advantage > 0)
-        drift = jnp.where(batch.mask, jnp.abs(logps - batch.old_logps), 0.0)
         means = {
             "entropy": jnp.sum(entropy * token_mean),
             "clip_ratio/low": jnp.sum(too_low * token_mean),
             "clip_ratio/high": jnp.sum(too_high * token_mean),
             "clip_ratio/region": jnp.sum((too_low | too_high) * token_mean),
-            "sampling/sampling_logp_difference/mean": jnp.sum(drift * token_mean),
             "policy_loss": policy_loss,
         }
+        maxima = {}
+        if batch.old_logps is not None:
+            drift = jnp.where(batch.mask, jnp.abs(logps - batch.old_logps), 0.0)
+            means["sampling/sampling_logp_difference/mean"] = jnp.sum(drift * token_mean)
+            maxima["sampling/sampling_logp_difference/max"] = jnp.max(drift)
         if batch.ref_logps is not None:
-            kl = kl_estimate(logps, batch.ref_logps, cfg.kl_estimator)
+            # Masked tokens must give 0, not exp of whatever stands there times 0.
+            ref_logps = jnp.where(batch.mask, batch.ref_logps, logps)
+            kl = kl_estimate(logps, ref_logps, cfg.kl_estimator)
             corrected = kl * ratio if cfg.kl_bias_correction else kl
             loss = loss + cfg.beta * jnp.sum(corrected * weights)
             means["kl"] = jnp.sum(kl * token_mean)
-        maxima = {"sampling/sampling_logp_difference/max": jnp.max(drift)}
         return loss, Stats(means, maxima)
 
     return grpo_loss

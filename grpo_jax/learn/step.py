@@ -90,7 +90,12 @@ def build_update(
     """
 
     def loss(
-        trained: dict, frozen: dict | None, micro: TrainBatch, weights: Array, mean: Array, key: Array
+        trained: dict,
+        frozen: dict | None,
+        micro: TrainBatch,
+        weights: Array,
+        mean: Array,
+        key: Array,
     ) -> tuple[Array, Stats]:
         variables = policy_variables(trained, frozen, cfg)
         rngs = {"dropout": key} if cfg.rank and cfg.dropout else None
@@ -114,16 +119,16 @@ def build_update(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
         xs = (batches, weights, token_mean, keys)
         if micro_batches == 1:
-            (value, parts), grads = gradient(state.params, frozen, *jax.tree.map(lambda x: x[0], xs))
+            (value, parts), grads = gradient(
+                state.params, frozen, *jax.tree.map(lambda x: x[0], xs)
+            )
         else:
             grads, (value, parts) = jax.lax.scan(accumulate, zeros, xs)
             value = jnp.sum(value)
-            parts = Stats(
-                jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima)
-            )
+            parts = Stats(jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        stats = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        stats = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         stats |= {"num_tokens": jnp.sum(batch.mask).astype(jnp.float32)}
         stats |= parts.means | parts.maxima
         return TrainState(state.step + 1, params, opt_state), stats

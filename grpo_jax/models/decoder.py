@@ -147,9 +147,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
         self.mlp = MLP(self.config, self.dtype, self.lora_dropout)
 
-    def __call__(
-        self, x: Array, positions: Array, prompt_mask: Array
-    ) -> tuple[Array, KV | None]:
+    def __call__(self, x: Array, positions: Array, prompt_mask: Array) -> tuple[Array, KV | None]:
         normed = self.input_layernorm(x)
         out, kv = self.self_attn(normed, positions, prompt_mask, self.num_generations)
         x = x + out
@@ -175,7 +173,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def forward(
-        self, ids: Array, positions: Array, prompt_mask: Array, num_generations: int, return_kv: bool
+        self,
+        ids: Array,
+        positions: Array,
+        prompt_mask: Array,
+        num_generations: int,
+        return_kv: bool,
     ) -> tuple[Array, KV | None]:
         """Packed ids [P, X] -> hidden [P, X, D] and, if asked, the prompt's KV [L, P, K, S, H]."""
         c = self.config
@@ -188,9 +191,9 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )
-        x, kv = layers(
-            c, self.dtype, self.lora_dropout, num_generations, return_kv, name="layers"
-        )(x, positions, prompt_mask)
+        x, kv = layers(c, self.dtype, self.lora_dropout, num_generations, return_kv, name="layers")(
+            x, positions, prompt_mask
+        )
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if not c.tie_word_embeddings:  # declared here, applied by `head` and `logits`
             Head(c.vocab_size, c.hidden_size, name="lm_head")()
@@ -234,10 +237,11 @@ class Decoder(nn.Module):
         own = jnp.broadcast_to(own, (P, G, T - 1)).reshape(P, -1)
         packed = jnp.concatenate([prompt_ids, ids[:, :, :-1].reshape(P, -1)], axis=1)
         positions = jnp.concatenate([positions, own], axis=1)
-        hidden, _ = self.forward(packed, positions, mask, G, False)
+        groups = G if T > 1 else 0  # with one token each, nothing stands behind the prompt
+        hidden, _ = self.forward(packed, positions, mask, groups, False)
         first = _at(hidden, prompt_lengths - 1)[:, None, None]
         first = jnp.broadcast_to(first, (P, G, 1, first.shape[-1]))
-        rest = hidden[:, S:].reshape(P, G, T - 1, -1)
+        rest = hidden[:, S:].reshape(P, G, T - 1, hidden.shape[-1])
         return jnp.concatenate([first, rest], axis=2)
 
 

@@ -31,7 +31,12 @@ def run_export(run: Run) -> None:
 def model_card(run: Run, arm: str) -> str:
     """README.md of an exported model: base, data, method, scores."""
     cfg = run.cfg
-    method = {"base": "unchanged", "sft": "supervised fine-tuning", "grpo": "GRPO", "recover": "SFT"}
+    method = {
+        "base": "unchanged",
+        "sft": "supervised fine-tuning",
+        "grpo": "GRPO",
+        "recover": "SFT",
+    }
     chain = run.arms[1 : run.arms.index(arm) + 1]
     steps = ", then ".join(f"{method[stage]} ({stage})" for stage in chain) or "no training"
     lora = cfg.model.lora
@@ -56,7 +61,11 @@ def model_card(run: Run, arm: str) -> str:
     evaluations = {name: found for name, found in results(run).items() if name in ("base", arm)}
     if evaluations:
         names = list(evaluations)
-        lines += ["", "| held-out metric | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            "",
+            "| held-out metric | " + " | ".join(names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
         for column in COLUMNS:
             cells = [cell(evaluations[name], column) for name in names]
             if any(cells):

@@ -32,7 +32,9 @@ def generate(run: Run, variables: dict, examples: list[Example]) -> Generated:
         prompts = prompt_batch(examples, filled, run.cfg.data.max_prompt_length)
         on_mesh = mesh_lib.put_same(run.mesh, (prompts.ids, prompts.lengths))
         rollout = run.greedy(variables, *on_mesh, jax.random.key(0), num_generations=1)
-        tokens, mask, stopped = (mesh_lib.fetch(x) for x in (rollout.ids, rollout.mask, rollout.ended))
+        tokens, mask, stopped = (
+            mesh_lib.fetch(x) for x in (rollout.ids, rollout.mask, rollout.ended)
+        )
         for row, index in enumerate(chosen):
             ids[index] = tokens[row, 0][mask[row, 0]].tolist()
             ended[index] = stopped[row, 0]

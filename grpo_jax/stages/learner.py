@@ -82,7 +82,9 @@ def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int) -> in
     return min(steps, max_steps) if max_steps else steps
 
 
-def batch_indices(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+def batch_indices(
+    rows: int, batch_size: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of a step's batch: this process's part, and the whole."""
     everyone = take(rows, batch_size, seed, step)
     here, processes = jax.process_index(), jax.process_count()

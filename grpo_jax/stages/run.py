@@ -127,11 +127,12 @@ def _check_batches(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     """Every array of prompts that is placed on the mesh must divide over it."""
     for stage, sft in (("sft", cfg.sft), ("recover.sft", cfg.recover.sft)):
         if stage.split(".")[0] in cfg.stages:
-            mesh_lib.check_rows(mesh, f"{stage}.batch_size", sft.batch_size)
+            name = f"{stage}.batch_size / gradient_accumulation_steps"
+            mesh_lib.check_rows(mesh, name, sft.batch_size // sft.gradient_accumulation_steps)
     if "grpo" in cfg.stages:
-        rows = cfg.grpo.prompts_per_step // cfg.grpo.num_minibatches
-        name = "grpo.prompts_per_step / grpo.num_minibatches"
-        mesh_lib.check_rows(mesh, name, rows)
+        parts = cfg.grpo.num_minibatches * cfg.grpo.gradient_accumulation_steps
+        name = "grpo.prompts_per_step / (num_minibatches * gradient_accumulation_steps)"
+        mesh_lib.check_rows(mesh, name, cfg.grpo.prompts_per_step // parts)
 
 
 def stage_key(run: Run, stage: str) -> jax.Array:
@@ -218,9 +219,7 @@ def _read_passages(cfg: Config, tokenizer: Any) -> list[list[int]]:
             "passage a line, or '' to measure no retention on general text"
         ) from error
     lines = lines[: cfg.evaluation.max_retention_rows]
-    passages = [
-        tokenizer.encode(line)[: cfg.evaluation.max_retention_length] for line in lines
-    ]
+    passages = [tokenizer.encode(line)[: cfg.evaluation.max_retention_length] for line in lines]
     passages = [passage for passage in passages if len(passage) > 1]
     if not passages:
         raise ValueError(f"evaluation.retention: {path} holds no passage of two tokens or more")

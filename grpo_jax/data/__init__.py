@@ -1,0 +1,1 @@
+"""Parallel text: read, split by group, tokenized, and served in a fixed order."""

@@ -1,0 +1,258 @@
+"""Rows from files: jsonl, tsv, csv, parquet, and Hugging Face data sets (a folder or a hub id).
+
+In: a path and the field mapping of `config.Data`. Out: `Row`s of stripped text, and a description
+of every row that was skipped. Text files may be gigabytes; they are read a line at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_jax import config
+from grpo_jax.structs import Row
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".csv")
+_MAX_FIELD = 2**31 - 1  # characters of one csv field; the csv module stops at 131072 otherwise
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Record(NamedTuple):
+    """One row as found: its place ("FILE:LINE") and its fields, or what is wrong with it."""
+
+    place: str
+    fields: Mapping[str, Any]
+    fault: str = ""
+
+
+def read_rows(path: str, cfg: config.Data) -> tuple[list[Row], list[str]]:
+    """Reads every row of a file, data set folder or hub data set.
+
+    A data set's split is named behind a colon ("org/name:validation", "folder:test"; "train" if
+    none is). A field name reaches into nested records with dots ("translation.om").
+
+    Returns:
+      The rows, and one "FILE:LINE: what is wrong" for each row skipped (`on_bad_row = "skip"`).
+    Raises:
+      FileNotFoundError: nothing there, by that name.
+      ValueError: a malformed row (`on_bad_row = "error"`), an unknown format or a missing field.
+    """
+    rows: list[Row] = []
+    skipped: list[str] = []
+    for record in _records(path, cfg):
+        row = record.fault or _row(record.fields, cfg)
+        if isinstance(row, Row):
+            rows.append(row)
+        elif cfg.on_bad_row == "skip":
+            skipped.append(f"{record.place}: {row}")
+        else:
+            raise ValueError(
+                f"{record.place}: {row}. Mend the row, or set data.on_bad_row='skip' to leave such "
+                "rows out; they are counted and listed."
+            )
+    return rows, skipped
+
+
+def _row(fields: Mapping[str, Any], cfg: config.Data) -> Row | str:
+    """The row, or what is wrong with it."""
+    source = _text(fields, cfg.source_field)
+    target = _text(fields, cfg.target_field, optional=cfg.target_optional)
+    group = _text(fields, cfg.group_field, number=True) if cfg.group_field else source
+    for text in (source, target, group):
+        if isinstance(text, _Fault):
+            return str(text)
+    return Row(source, target, group)
+
+
+class _Fault(str):
+    """What is wrong with a field."""
+
+
+def _text(
+    fields: Mapping[str, Any], name: str, optional: bool = False, number: bool = False
+) -> str | _Fault:
+    """The stripped text of a field; '' for an optional one that is missing or empty."""
+    value = _lookup(fields, name)
+    if number and isinstance(value, int):
+        value = str(value)
+    if value is None and not optional:
+        known = ", ".join(map(repr, fields)) or "none"
+        reason = "is null" if name in fields else f"is missing; the row has {known}"
+        return _Fault(f"field {name!r} {reason}")
+    if value is not None and not isinstance(value, str):
+        return _Fault(f"field {name!r} is {type(value).__name__} {value!r:.40}, wanted text")
+    text = (value or "").strip()
+    if not text and not optional:
+        return _Fault(f"field {name!r} is empty")
+    if _SURROGATE.search(text):
+        return _Fault(f"field {name!r} is not valid UTF-8: {text!r:.40}")
+    return text
+
+
+def _lookup(fields: Mapping[str, Any], name: str) -> Any:
+    """`fields[name]`, else the nested field that a dotted name spells; None if there is neither."""
+    if name in fields:
+        return fields[name]
+    head, dot, rest = name.partition(".")
+    inner = fields.get(head)
+    return _lookup(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def _records(path: str, cfg: config.Data) -> Iterator[_Record]:
+    file = Path(path).expanduser()
+    if file.is_file():
+        if file.suffix in (".jsonl", ".ndjson"):
+            return _jsonl(file)
+        if file.suffix == ".tsv":
+            return _tsv(file, cfg)
+        if file.suffix == ".csv":
+            return _csv(file, cfg)
+        if file.suffix == ".parquet":
+            return _parquet(file, cfg)
+        wanted = ", ".join((*TEXT_SUFFIXES, ".parquet"))
+        raise ValueError(
+            f"{path}: unknown data format {file.suffix!r}, wanted {wanted} or a folder of a "
+            "Hugging Face data set"
+        )
+    if file.suffix in (*TEXT_SUFFIXES, ".parquet"):
+        raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()})")
+    return _hugging_face(path, cfg)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(place, line without its end) for each line that is not blank.
+
+    Bytes that are not UTF-8 become lone surrogates, which `_text` reports with their field.
+    """
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{file}:{number}", line.rstrip("\r\n")
+
+
+def _jsonl(file: Path) -> Iterator[_Record]:
+    for place, line in _lines(file):
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield _Record(place, {}, f"not JSON: {error.msg} at column {error.colno}")
+            continue
+        if isinstance(fields, dict):
+            yield _Record(place, fields)
+        else:
+            yield _Record(place, {}, f"a JSON {type(fields).__name__}, wanted an object")
+
+
+def _tsv(file: Path, cfg: config.Data) -> Iterator[_Record]:
+    """Tabs separate, lines end, and a quotation mark is a character like any other."""
+    header: list[str] = []
+    for place, line in _lines(file):
+        cells = line.split("\t")
+        if header:
+            yield _cells(place, header, cells)
+        else:
+            header = cells
+            _columns(str(file), header, cfg)
+
+
+def _csv(file: Path, cfg: config.Data) -> Iterator[_Record]:
+    """RFC 4180: quoted fields may hold commas, doubled quotes and line ends."""
+    csv.field_size_limit(_MAX_FIELD)
+    header: list[str] = []
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        while True:
+            place = f"{file}:{reader.line_num + 1}"  # where the row starts
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _Record(place, {}, f"not CSV: {error}")
+                continue
+            if header and cells:
+                yield _cells(place, header, cells)
+            elif cells:
+                header = cells
+                _columns(str(file), header, cfg)
+
+
+def _cells(place: str, header: list[str], cells: list[str]) -> _Record:
+    if len(cells) == len(header):
+        return _Record(place, dict(zip(header, cells, strict=True)))
+    last = header[min(len(cells), len(header)) - 1]
+    return _Record(
+        place, {}, f"{len(cells)} fields, the header has {len(header)}; look at field {last!r}"
+    )
+
+
+def _parquet(file: Path, cfg: config.Data) -> Iterator[_Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = _columns(str(file), table.schema_arrow.names, cfg)
+        batches = table.iter_batches(columns=columns)
+        records = (fields for batch in batches for fields in batch.to_pylist())
+        for number, fields in enumerate(records, 1):
+            yield _Record(f"{file}:{number}", fields)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{file}: not a readable parquet file ({error}); fetch it again"
+        ) from error
+
+
+def _hugging_face(path: str, cfg: config.Data) -> Iterator[_Record]:
+    """A `save_to_disk` folder, a folder of data files, or a hub id."""
+    import datasets
+
+    name, split = path, "train"
+    if not Path(path).expanduser().exists() and ":" in path:
+        name, split = path.rsplit(":", 1)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"data folder {name} does not exist (looked in {Path.cwd()})")
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            loaded = datasets.load_dataset(
+                str(folder) if folder.is_dir() else name, cfg.hub_config or None
+            )
+    except Exception as error:  # the library raises its own, requests', and the hub's errors
+        where = "the folder" if folder.is_dir() else "no such file or folder here; as a hub id it"
+        raise FileNotFoundError(
+            f"data set {path!r}: {where} could not be loaded: {type(error).__name__}: {error}. "
+            f"Wanted {', '.join((*TEXT_SUFFIXES, '.parquet'))}, a folder or a hub id."
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(
+                f"data set {name!r} has no split {split!r}; it has {', '.join(loaded)}. Name one "
+                f"behind a colon: {name}:{next(iter(loaded))}"
+            )
+        loaded = loaded[split]
+    data = loaded.select_columns(_columns(name, loaded.column_names, cfg))
+    for number, fields in enumerate(data, 1):
+        yield _Record(f"{name}:{split}:{number}", fields)
+
+
+def _columns(place: str, names: list[str], cfg: config.Data) -> list[str]:
+    """The columns that the field mapping needs; an error if the data has no such column."""
+    columns: dict[str, None] = {}
+    for field in (cfg.source_field, cfg.target_field, cfg.group_field):
+        column = field if field in names else field.partition(".")[0]
+        if column in names:
+            columns[column] = None
+        elif field and not (field == cfg.target_field and cfg.target_optional):
+            raise ValueError(
+                f"{place}: no field {field!r}; it has {', '.join(names)}. Set data.source_field, "
+                "data.target_field and data.group_field to what the data calls them."
+            )
+    return list(columns)

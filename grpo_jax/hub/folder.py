@@ -1,0 +1,98 @@
+"""Model folders: finding one (local path, asset or hub id), reading its JSON, writing one whole.
+
+Nothing is written outside the folder that is asked for, and a written folder appears at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a model may consist of; pickles and remote code are never fetched.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def find_folder(path: str | os.PathLike) -> Path:
+    """The local folder of `path`: a folder, `asset:NAME`, or a hub id such as `Qwen/Qwen3-4B`.
+
+    Raises:
+      FileNotFoundError: neither a folder nor something that can be fetched.
+    """
+    from grpo_jax.assets import resolve
+
+    folder = Path(resolve(os.fspath(path))).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(os.fspath(path)):
+        raise FileNotFoundError(
+            f"{path}: no such model folder, and not a hub id (NAME/NAME) or asset (asset:NAME)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        ignored = ["onnx/*", "openvino/*", "original/*"]
+        return Path(snapshot_download(str(path), allow_patterns=_PATTERNS, ignore_patterns=ignored))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{path}: no such local folder, and the Hugging Face hub did not give it ({reason}); "
+            "check the name and the network, log in for gated models, or download it elsewhere "
+            "and give the folder"
+        ) from error
+
+
+def read_json(path: Path, default: dict | None = None) -> Any:
+    """The content of a JSON file; `default` where there is none, an error if that is None."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: missing; is this a Hugging Face model folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that takes the place of `folder` when the block succeeds.
+
+    A model folder that was there is replaced at the end; after an error it is untouched.
+
+    Raises:
+      ValueError: `folder` exists and is not a model folder.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and _replaceable(folder)):
+        raise ValueError(f"{folder}: exists and is not a model folder; choose another or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder}: could not be written ({error.strerror}); nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or not any(folder.iterdir())
