@@ -91,7 +91,7 @@ def _main(argv: list[str]) -> None:
     _log.setLevel(logging.INFO)
     _log.propagate = False
     try:
-        train(_CONFIG.value, _WORKDIR.value)
+        train(_CONFIG.value, str(_WORKDIR.value))
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GRPO_JAX_TRACEBACK"):
             raise

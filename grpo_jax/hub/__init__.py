@@ -9,5 +9,13 @@ from __future__ import annotations
 
 from grpo_jax.hub.decoder import Policy, load_decoder, save_decoder
 from grpo_jax.hub.encoder import SentenceEncoder, load_encoder
+from grpo_jax.hub.use import UniversalSentenceEncoder
 
-__all__ = ["Policy", "SentenceEncoder", "load_decoder", "load_encoder", "save_decoder"]
+__all__ = [
+    "Policy",
+    "SentenceEncoder",
+    "UniversalSentenceEncoder",
+    "load_decoder",
+    "load_encoder",
+    "save_decoder",
+]

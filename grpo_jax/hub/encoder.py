@@ -22,6 +22,7 @@ from grpo_jax.hub.configs import encoder_config
 from grpo_jax.hub.decoder import check_vocabulary
 from grpo_jax.hub.folder import find_folder, read_json
 from grpo_jax.hub.names import encoder_ignored, encoder_table
+from grpo_jax.hub.use import MODEL_TYPE, UniversalSentenceEncoder
 from grpo_jax.hub.weights import Slot, numpy_dtype, read_params, weight_files
 from grpo_jax.models.encoder import Encoder, EncoderConfig
 from grpo_jax.structs import Array
@@ -129,8 +130,8 @@ def load_encoder(
     dtype: str = "float32",
     max_length: int | None = None,
     batch_size: int = 64,
-) -> SentenceEncoder:
-    """Load a BERT sentence encoder.
+) -> SentenceEncoder | UniversalSentenceEncoder:
+    """Load a sentence encoder: of the BERT family, or USE-multilingual as its asset stores it.
 
     Args:
       path: a sentence-transformers or plain BERT folder, `asset:NAME`, or a hub id.
@@ -143,6 +144,8 @@ def load_encoder(
       ValueError: anything in it that would not compute as its authors meant.
     """
     root = find_folder(path)
+    if read_json(root / "config.json", {}).get("model_type") == MODEL_TYPE:
+        return UniversalSentenceEncoder(root)
     chain = _modules(root)
     folder = root / chain[0][1]
     config = encoder_config(folder)

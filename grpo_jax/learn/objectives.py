@@ -7,6 +7,7 @@ unaccumulated loss (bnpo excepted, which is defined on the micro-batch).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,8 +20,12 @@ from grpo_jax.structs import Array, TrainBatch
 class Stats(NamedTuple):
     """Metrics of a micro-batch: parts of a token mean, to be added up, and maxima."""
 
-    means: dict[str, Array]  # float32 [] each
-    maxima: dict[str, Array]  # float32 [] each
+    means: dict[str, jax.Array]  # float32 [] each
+    maxima: dict[str, jax.Array]  # float32 [] each
+
+
+# (logps, entropy, batch, weights, token_mean) -> loss and Stats; see `grpo_loss` below.
+LossFn = Callable[[Array, Array, TrainBatch, Array, Array], tuple[jax.Array, Stats]]
 
 
 def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Array:
@@ -50,18 +55,18 @@ def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Ar
 
 def sft_loss(
     logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
-) -> tuple[Array, Stats]:
+) -> tuple[jax.Array, Stats]:
     """Cross-entropy of the completion tokens. Arguments as in `grpo_loss`."""
     means = {"entropy": jnp.sum(entropy * token_mean)}
     return -jnp.sum(logps * weights), Stats(means, {})
 
 
-def build_grpo_loss(cfg: GRPO, on_policy: bool):
+def build_grpo_loss(cfg: GRPO, on_policy: bool) -> LossFn:
     """The loss function of one configuration; `on_policy` says that each rollout is used once."""
 
     def grpo_loss(
         logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
-    ) -> tuple[Array, Stats]:
+    ) -> tuple[jax.Array, Stats]:
         """Clipped surrogate plus beta KL.
 
         Args:
@@ -75,6 +80,7 @@ def build_grpo_loss(cfg: GRPO, on_policy: bool):
           the loss, float32 [], and its Stats.
         """
         old = jax.lax.stop_gradient(logps) if on_policy else batch.old_logps
+        assert old is not None, "off-policy updates need the rollout's log-probs"
         advantage = batch.advantages[..., None]
         ratio = importance_ratio(logps, old, batch.mask, cfg.importance_sampling_level)
         low = 1.0 - cfg.epsilon
@@ -93,7 +99,7 @@ def build_grpo_loss(cfg: GRPO, on_policy: bool):
             "clip_ratio/region": jnp.sum((too_low | too_high) * token_mean),
             "policy_loss": policy_loss,
         }
-        maxima = {}
+        maxima: dict[str, jax.Array] = {}
         if batch.old_logps is not None:
             drift = jnp.where(batch.mask, jnp.abs(logps - batch.old_logps), 0.0)
             means["sampling/sampling_logp_difference/mean"] = jnp.sum(drift * token_mean)

@@ -8,6 +8,7 @@ reference copy (or None when nothing needs one).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,10 @@ import optax
 
 from grpo_jax.config import Lora
 from grpo_jax.learn.logps import token_logps
-from grpo_jax.learn.objectives import Stats, token_weights
+from grpo_jax.learn.objectives import LossFn, Stats, token_weights
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, head
 from grpo_jax.structs import Array, TrainBatch, TrainState
-
-LossFn = Callable[[Array, Array, TrainBatch, Array, Array], tuple[Array, Stats]]
 
 
 def policy_variables(trained: dict, frozen: dict | None, cfg: Lora) -> dict:
@@ -39,7 +38,7 @@ def batch_logps(
     model: Decoder, variables: dict, batch: TrainBatch, temperature: float, rngs: dict | None = None
 ) -> tuple[Array, Array]:
     """Log-probs and entropy, float32 [P, G, T], of the completions of a batch."""
-    hidden = model.apply(
+    hidden: Any = model.apply(
         variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
     )
     return token_logps(hidden, head(variables["params"]), batch.ids, temperature)

@@ -95,7 +95,7 @@ class Attention(nn.Module):
                 return a[:, S:].reshape(P, num_generations, T, *a.shape[2:])
 
             own = KV(head_major(grouped(k)), head_major(grouped(v)))
-            rest = attention(grouped(q), own, causal(T), prefix, prompt_mask)
+            rest = attention(grouped(q), own, causal(T), (prefix, prompt_mask))
             out = jnp.concatenate([out, rest.reshape(P, num_generations * T, -1)], axis=1)
         return self.o_proj(out), prefix
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
         cache = KV(write(cache.k, k), write(cache.v, v))
         written = jnp.arange(cache.k.shape[3]) <= slot
-        out = attention(q, cache, written, prefix, prompt_mask)
+        out = attention(q, cache, written, (prefix, prompt_mask))
         return self.o_proj(out[:, :, 0]), cache
 
 

@@ -19,7 +19,7 @@ MASKED = -1e30  # finite, so that a fully masked row stays finite too
 
 
 class KV(NamedTuple):
-    """Keys (already rotated) and values of one layer, head-major so that decoding reads in order."""
+    """Keys (already rotated) and values of one layer, head-major: decoding reads them in order."""
 
     k: Array  # [..., K, S, H]
     v: Array  # [..., K, S, H]
@@ -46,8 +46,8 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
         if self.has_variable("lora", "lora_a"):
-            lora_a = self.get_variable("lora", "lora_a").astype(self.dtype)
-            lora_b = self.get_variable("lora", "lora_b").astype(self.dtype)
+            lora_a: Array = self.get_variable("lora", "lora_a").astype(self.dtype)
+            lora_b: Array = self.get_variable("lora", "lora_b").astype(self.dtype)
             dropped = nn.Dropout(self.lora_dropout)(x, deterministic=not self.has_rng("dropout"))
             y = y + (dropped @ lora_a) @ lora_b
         return y
@@ -101,10 +101,8 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     return rotated.astype(x.dtype)
 
 
-def attention(
-    q: Array, own: KV, own_mask: Array, prefix: KV | None = None, prefix_mask: Array | None = None
-) -> Array:
-    """Grouped-query attention of G sequences over their own keys and, optionally, one shared prefix.
+def attention(q: Array, own: KV, own_mask: Array, prefix: tuple[KV, Array] | None = None) -> Array:
+    """Grouped-query attention of G sequences over their own keys and, maybe, one shared prefix.
 
     The prefix is read once for all G, never repeated: this is what makes a group of completions
     cost one prompt. Both parts go through one softmax.
@@ -113,8 +111,7 @@ def attention(
       q: [P, G, T, N, H].
       own: keys and values [P, G, K, U, H]; N is a multiple of K.
       own_mask: bool, broadcastable to [P, G, K, R, T, U] with R = N / K.
-      prefix: keys and values [P, K, S, H].
-      prefix_mask: bool [P, S].
+      prefix: keys and values [P, K, S, H] and their mask, bool [P, S].
 
     Returns:
       [P, G, T, N * H] in q's dtype.
@@ -126,7 +123,8 @@ def attention(
     scores = jnp.where(own_mask, scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if prefix is not None:
-        past = jnp.einsum("PGTKRH,PKSH->PGKRTS", q, prefix.k, preferred_element_type=jnp.float32)
+        shared, prefix_mask = prefix
+        past = jnp.einsum("PGTKRH,PKSH->PGKRTS", q, shared.k, preferred_element_type=jnp.float32)
         past = jnp.where(prefix_mask[:, None, None, None, None], past, MASKED)
         top = jnp.maximum(top, jnp.max(past, axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
@@ -136,6 +134,6 @@ def attention(
     if prefix is not None:
         weights = jnp.exp(past - top)
         total = total + jnp.sum(weights, axis=-1)
-        out = out + jnp.einsum("PGKRTS,PKSH->PGKRTH", weights.astype(q.dtype), prefix.v)
+        out = out + jnp.einsum("PGKRTS,PKSH->PGKRTH", weights.astype(q.dtype), shared.v)
     out = (out.astype(jnp.float32) / total[..., None]).astype(q.dtype)
     return jnp.moveaxis(out, 4, 2).reshape(P, G, T, N * H)

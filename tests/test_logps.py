@@ -1,0 +1,99 @@
+"""The chunked output head: equal to the unchunked one, small, and float32 where it adds up."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from grpo_jax.learn import logps as head_lib
+from grpo_jax.learn.logps import forward_kl, token_logps
+
+
+def head_inputs(lead: tuple[int, ...], width: int = 8, vocab: int = 50):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(*lead, width)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(width, vocab)), jnp.float32)
+    return hidden, kernel, jnp.asarray(rng.integers(0, vocab, lead), jnp.int32)
+
+
+def direct_logps(hidden, kernel, targets, temperature):
+    log_probs = jax.nn.log_softmax(hidden @ kernel / temperature)
+    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+
+@pytest.mark.parametrize("lead", [(3, 2, 5), (2, 550)], ids=["less than a chunk", "three chunks"])
+def test_chunked_head_equals_the_unchunked(lead):
+    hidden, kernel, targets = head_inputs(lead)
+    weights = jnp.cos(jnp.arange(targets.size).reshape(lead))
+
+    def outputs(fn):
+        def loss(hidden, kernel):
+            logps, entropy = fn(hidden, kernel, targets, 0.7)
+            return jnp.sum(logps * weights), (logps, entropy)
+
+        (_, values), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, kernel)
+        return values, grads
+
+    (logps, entropy), grads = outputs(token_logps)
+    (wanted_logps, wanted_entropy), wanted_grads = outputs(direct_logps)
+    np.testing.assert_allclose(logps, wanted_logps, atol=1e-5)
+    np.testing.assert_allclose(entropy, wanted_entropy, atol=1e-5)
+    for got, wanted in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+    blind = jax.grad(lambda h: token_logps(h, kernel, targets)[1].sum())(hidden)
+    assert not np.any(blind)  # entropy is a metric
+
+
+def test_logits_of_all_tokens_never_exist():
+    """No array of the gradient's program, loops included, holds tokens x vocabulary numbers."""
+    hidden, kernel, targets = head_inputs((4, 300), vocab=60)
+
+    def loss(hidden, kernel):
+        return token_logps(hidden, kernel, targets)[0].sum()
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (int(np.prod(v.aval.shape)) for v in equation.outvars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    largest = max(sizes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel).jaxpr))
+    assert head_lib.CHUNK * 60 <= largest < targets.size * 60
+
+
+@pytest.mark.parametrize("kernel_dtype", [jnp.float32, jnp.bfloat16])
+def test_the_head_gradient_of_bfloat16_adds_up_in_float32(monkeypatch, kernel_dtype):
+    """Many chunks that each add a little: a bfloat16 sum stalls at 256 times a chunk's share."""
+    monkeypatch.setattr(head_lib, "CHUNK", 4)
+    row, kernel, targets = head_inputs((1,), vocab=20)
+    count = 4 * 800
+    hidden = jnp.broadcast_to(row.astype(jnp.bfloat16), (count, 8))
+    targets = jnp.broadcast_to(targets, (count,))
+    kernel = kernel.astype(kernel_dtype)
+
+    def loss(fn, kernel, dtype):
+        return fn(hidden.astype(dtype), kernel, targets, 1.0)[0].sum()
+
+    got = jax.grad(partial(loss, token_logps))(kernel, jnp.bfloat16)
+    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    wanted = jax.grad(partial(loss, direct_logps))(rounded, jnp.float32)
+    assert got.dtype == kernel_dtype
+    error = np.abs(np.asarray(got, np.float32) - wanted).max() / np.abs(wanted).max()
+    assert error < 0.01
+
+
+def test_forward_kl_is_the_kl():
+    hidden_p, head_p, _ = head_inputs((2, 300))
+    hidden_q, head_q = 0.9 * hidden_p + 0.1, head_p[:, ::-1]
+    log_p, log_q = (jax.nn.log_softmax(h @ k) for h, k in ((hidden_p, head_p), (hidden_q, head_q)))
+    got = forward_kl(hidden_p, head_p, hidden_q, head_q)
+    wanted = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert got.shape == (2, 300) and (np.asarray(got) > 0).all()
+    np.testing.assert_allclose(forward_kl(hidden_p, head_p, hidden_p, head_p), 0, atol=1e-6)
