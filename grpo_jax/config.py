@@ -59,7 +59,9 @@ class Encoder:
 class Data:
     """Parallel text and how it becomes prompts."""
 
-    train: str = ""  # a path; its rows serve every split that has no file of its own
+    # PATH:SPLIT picks a data set's split. What dev and test do not name is cut from `train`, by
+    # group, and then needs a fraction above 0.
+    train: str = ""
     dev: str = ""
     test: str = ""
     hub_config: str = ""  # the configuration name of a Hugging Face dataset
@@ -159,7 +161,7 @@ class Reward:
     tau: Optional[float] = None  # cosine below which R_sim = 0; None: calibrated on dev
     tau_quantile: float = 0.25  # of the cold-start model's dev cosines
     language: str = "en"  # ISO 639-1/3 code of the language that completions should be in
-    max_length_ratio: float = 2.0  # completion / reference; the penalty grows from here
+    max_length_ratio: float = 1.5  # completion / reference; the penalty grows from here
     max_repetition: float = 0.15  # share of repeated 4-grams; the penalty starts here
 
 

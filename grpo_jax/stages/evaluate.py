@@ -157,16 +157,15 @@ def _sum_over_tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """NLL and KL summed over each example's completion, and its length: float64 [N] each."""
     size = run.cfg.evaluation.batch_size
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].completion_ids))
-    nll, kl, lengths = np.zeros((3, len(examples)))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        filled = np.asarray((chosen * size)[:size])
+    parts = []
+    for start in range(0, len(examples), size):
+        count = min(size, len(examples) - start)
+        filled = start + np.arange(size) % count  # a last, smaller batch repeats its rows
         batch = sft_batch(examples, filled, prompts, limit)
         values = fn(base, params, mesh_lib.put_same(run.mesh, batch))
-        sums = [mesh_lib.fetch(x).astype(np.float64).sum((1, 2)) for x in values]
-        nll[chosen], kl[chosen] = (x[: len(chosen)] for x in sums)
-        lengths[chosen] = batch.mask.sum((1, 2))[: len(chosen)]
+        columns = [*map(mesh_lib.fetch, values), batch.mask]
+        parts.append([np.float64(x).sum((1, 2))[:count] for x in columns])
+    nll, kl, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
     return nll, kl, lengths
 
 

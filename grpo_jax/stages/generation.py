@@ -10,6 +10,7 @@ import numpy as np
 from grpo_jax.data.batches import prompt_batch
 from grpo_jax.data.corpus import Example
 from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.models import lora
 from grpo_jax.stages.run import Run
 
 
@@ -20,22 +21,24 @@ class Generated(NamedTuple):
 
 
 def generate(run: Run, variables: dict, examples: list[Example]) -> Generated:
-    """One greedy completion an example, in their order; all processes get all of them."""
+    """One greedy completion an example, in their order; all processes get all of them.
+
+    Adapters are merged first, so that one compiled sampler serves every arm.
+    """
+    if "lora" in variables:
+        variables = {"params": jax.jit(lora.merge)(variables["params"], variables["lora"])}
     size = run.cfg.evaluation.batch_size
-    # Rows of one length together: a batch costs what its longest row does.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    ids: list[list[int]] = [[] for _ in examples]
-    ended = np.zeros(len(examples), bool)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        filled = np.asarray((chosen * size)[:size])
+    ids: list[list[int]] = []
+    ended: list[bool] = []
+    for start in range(0, len(examples), size):
+        count = min(size, len(examples) - start)
+        filled = start + np.arange(size) % count  # a last, smaller batch repeats its rows
         prompts = prompt_batch(examples, filled, run.cfg.data.max_prompt_length)
         on_mesh = mesh_lib.put_same(run.mesh, (prompts.ids, prompts.lengths))
         rollout = run.greedy(variables, *on_mesh, jax.random.key(0), num_generations=1)
         tokens, mask, stopped = (
             mesh_lib.fetch(x) for x in (rollout.ids, rollout.mask, rollout.ended)
         )
-        for row, index in enumerate(chosen):
-            ids[index] = tokens[row, 0][mask[row, 0]].tolist()
-            ended[index] = stopped[row, 0]
-    return Generated(run.base.tokenizer.decode(ids), ids, ended)
+        ids += [tokens[row, 0][mask[row, 0]].tolist() for row in range(count)]
+        ended += stopped[:count, 0].tolist()
+    return Generated(run.base.tokenizer.decode(ids), ids, np.asarray(ended))

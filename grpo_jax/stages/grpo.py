@@ -27,6 +27,7 @@ from grpo_jax.rewards.scorer import within_group_stats
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.generation import generate
+from grpo_jax.stages.health import complaints
 from grpo_jax.stages.run import Run, stage_key
 from grpo_jax.structs import PromptBatch, Rewards, Rollout, TrainBatch
 
@@ -62,7 +63,10 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
         micro_batches=cfg.gradient_accumulation_steps,
     )
     key = stage_key(run, stage)
-    with track(stage, learner.step, total) as bar:
+    said: set[str] = set()
+    if updates == 1:
+        _log.info("one update a rollout: the policy loss is about 0 at every step, by construction")
+    with learner.checkpoints, track(stage, learner.step, total) as bar:
         for step in range(learner.step, total):
             clock = [time.monotonic()]
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
@@ -93,6 +97,10 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             metrics |= within_group_stats(rewards) | _completion_stats(local)
             metrics |= _times(clock, metrics["num_tokens"])
             metrics["learning_rate"] = float(learner.schedule(step * updates))
+            for kind, sentence in complaints(metrics).items():
+                if kind not in said:
+                    _log.warning("step %d: %s", done, sentence)
+            said |= complaints(metrics).keys()
             if learning.due(done, cfg.eval_every, total):
                 score = _dev_reward(run, policy_variables(state.params, frozen, lora), tau)
                 metrics["eval/reward"] = score
@@ -107,7 +115,6 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
                 kl=metrics.get("kl", 0.0),
                 tokens_per_second=metrics["tokens_per_second"],
             )
-    learner.checkpoints.close()
 
 
 def _calibrate(run: Run, variables: dict) -> float:

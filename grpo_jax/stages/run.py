@@ -104,8 +104,10 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         base.tokenizer.eos_ids,
         mesh_lib.replicated(mesh),
     )
-    for name, count in corpus.report.items():
-        _log.info("data: %s: %s", name, count)
+    counts = ", ".join(f"{name} {count}" for name, count in corpus.report.items() if count)
+    _log.info("data: %s", counts)
+    _log.info("encoder: %s", encoder.describe())
+    _log.info("language gate: %s", gate.describe())
     return Run(
         cfg=cfg,
         workdir=workdir,

@@ -41,7 +41,7 @@ def run_sft(run: Run, stage: str, cfg: SFT) -> None:
     )
     logps = build_logps(run.model, 1.0)
     key = stage_key(run, stage)
-    with track(stage, learner.step, total) as bar:
+    with learner.checkpoints, track(stage, learner.step, total) as bar:
         for step in range(learner.step, total):
             began = time.monotonic()
             mine, everyone = learning.batch_indices(
@@ -66,7 +66,6 @@ def run_sft(run: Run, stage: str, cfg: SFT) -> None:
             if learning.due(done, run.cfg.checkpoint.every, total) or score is not None:
                 learning.save(learner, done, state, score)
             bar.update(loss=metrics["loss"], tokens_per_second=metrics["tokens_per_second"])
-    learner.checkpoints.close()
 
 
 def _batch(
