@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import closing
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -55,24 +56,22 @@ def train(cfg: Config, workdir: str) -> None:
         "evaluate": run_evaluate,
         "export": run_export,
     }
-    try:
+    with closing(opened):
         run = open_run(cfg, opened)
-        if "evaluate" in cfg.stages:
-            measure_arm(run, "base")  # first: whatever evaluation needs is missing now or never
-        for stage in cfg.stages:
-            if opened.stage_done(stage) is not None:
-                _log.info("%s: done before", stage)
-                continue
-            began = time.monotonic()
-            stages[stage](run)
-            opened.mark_done(stage, {"seconds": time.monotonic() - began})
-            _log.info("%s: %.0f s", stage, time.monotonic() - began)
+        with closing(run.writer):
+            if "evaluate" in cfg.stages:
+                measure_arm(run, "base")  # first: whatever evaluation needs is missing now or never
+            for stage in cfg.stages:
+                if opened.stage_done(stage) is not None:
+                    _log.info("%s: done before", stage)
+                    continue
+                began = time.monotonic()
+                stages[stage](run)
+                opened.mark_done(stage, {"seconds": time.monotonic() - began})
+                _log.info("%s: %.0f s", stage, time.monotonic() - began)
         summary = report(run)
-        run.writer.close()
         if distributed.is_main():
             print(f"\n{summary}\n\nreport: {opened.report}")
-    finally:
-        opened.close()
 
 
 def _compilation_cache() -> str:

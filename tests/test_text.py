@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 
 import numpy as np
 import pytest
@@ -218,18 +217,6 @@ def test_the_ratio_is_a_ratio_of_distributions(sides):
     for history in ("ba", " b", "zz", "  ", "q "):
         total = sum(spelling(history + char) for char in [*alphabet, "\u2603"])
         assert total == pytest.approx(1.0, abs=1e-9)
-
-
-def test_gating_is_fast(sides, spelling_gate):
-    texts = [*sides[0][:256], *sides[1][:256]]
-    best = min(_seconds(lambda: spelling_gate(texts)) for _ in range(3))
-    assert best < 0.25  # 0.015 on an idle core
-
-
-def _seconds(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def test_scripts_module_has_no_state_that_changes_results():

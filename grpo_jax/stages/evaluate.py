@@ -20,7 +20,7 @@ from grpo_jax.data.corpus import Example
 from grpo_jax.evals.floors import copy_source, translation_memory
 from grpo_jax.evals.metrics import translation_metrics
 from grpo_jax.evals.report import build
-from grpo_jax.evals.retention import build_retention, summarise
+from grpo_jax.evals.retention import summarise
 from grpo_jax.evals.table import table
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
@@ -135,10 +135,9 @@ def _retention(
     data, limit = run.cfg.data, run.cfg.evaluation.max_retention_length
     nothing = Row("", "", "")
     out = {}
-    fn = build_retention(run.model)
     if run.retention:
         passages = [Example(nothing, ids[:1], ids[1:]) for ids in run.retention]
-        sums = _sum_over_tokens(run, fn, base, params, passages, 1, limit)
+        sums = _sum_over_tokens(run, base, params, passages, 1, limit)
         scores = summarise(*sums)
         out = {"nll_mean": scores["nll_mean"], "nll_p90": scores["nll_p90"]}
         out["kl_general"] = scores["kl"]
@@ -147,13 +146,13 @@ def _retention(
         for example, sample in zip(_examples(run), continuations, strict=True)
     ]
     sums = _sum_over_tokens(
-        run, fn, base, params, answers, data.max_prompt_length, data.max_completion_length
+        run, base, params, answers, data.max_prompt_length, data.max_completion_length
     )
     return out | {"kl_task": summarise(*sums)["kl"]}
 
 
 def _sum_over_tokens(
-    run: Run, fn: Any, base: dict, params: dict, examples: list[Example], prompts: int, limit: int
+    run: Run, base: dict, params: dict, examples: list[Example], prompts: int, limit: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """NLL and KL summed over each example's completion, and its length: float64 [N] each."""
     size = run.cfg.evaluation.batch_size
@@ -162,7 +161,7 @@ def _sum_over_tokens(
         count = min(size, len(examples) - start)
         filled = start + np.arange(size) % count  # a last, smaller batch repeats its rows
         batch = sft_batch(examples, filled, prompts, limit)
-        values = fn(base, params, mesh_lib.put_same(run.mesh, batch))
+        values = run.drift(base, params, mesh_lib.put_same(run.mesh, batch))
         columns = [*map(mesh_lib.fetch, values), batch.mask]
         parts.append([np.float64(x).sum((1, 2))[:count] for x in columns])
     nll, kl, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))

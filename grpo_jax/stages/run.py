@@ -17,6 +17,7 @@ import numpy as np
 from grpo_jax import assets, hub
 from grpo_jax.config import Config, Optimizer, Sampling
 from grpo_jax.data.corpus import Corpus, load_corpus
+from grpo_jax.evals.retention import build_retention
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.workdir import Workdir
@@ -50,6 +51,7 @@ class Run:
     judge: Any | None
     retention: list[list[int]]  # tokenized passages of general text
     greedy: Any  # the greedy sampler
+    drift: Any  # `build_retention`'s function
     key: jax.Array
 
     @property
@@ -120,6 +122,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         judge=judge,
         retention=_read_passages(cfg, base.tokenizer),
         greedy=greedy,
+        drift=build_retention(model),
         key=jax.random.key(workdir.seed),
     )
 
