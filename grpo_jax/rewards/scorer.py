@@ -123,10 +123,6 @@ class Scorer:
             np.float32(tau),
         )
 
-    def weighted(self, rewards: Rewards) -> dict[str, Array]:
-        """The terms as they enter the total: float32 [P, G] each, penalties negative."""
-        return {name: self.weights[name] * term for name, term in rewards.terms.items()}
-
     def _anchor_embeddings(self, rows: list[Row]) -> np.ndarray:
         """float32 [P, D]; encodes only what was not seen before, for every row comes each epoch."""
         texts = [sanitise(getattr(row, self.cfg.anchor)) for row in rows]

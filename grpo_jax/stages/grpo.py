@@ -146,7 +146,7 @@ def _train_batch(
     longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
     T = bucket(longest, limit)
     mask = local.mask & local.ended[..., None] if cfg.mask_truncated_completions else local.mask
-    total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, run.scorer.weighted(rewards)))
+    total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, rewards.terms))
     batch = TrainBatch(
         prompt_ids=prompts.ids,
         prompt_lengths=prompts.lengths,
@@ -155,7 +155,8 @@ def _train_batch(
         advantages=np.zeros(local.ids.shape[:2], np.float32),
         old_logps=local.logps[..., :T],
     )
-    scored = advantages(total, terms, cfg.advantage, cfg.scale_rewards)
+    weights = run.scorer.weights
+    scored = advantages(total, terms, cfg.advantage, cfg.scale_rewards, weights)
     return mesh_lib.put_batch(run.mesh, batch)._replace(advantages=scored)
 
 
