@@ -3,11 +3,10 @@
     python -m grpo_jax.main --config=configs/om_en.py --workdir=runs/om_en
 
 Cold start on 5,000 pairs, GRPO on the rest (group 8, temperature 0.8, top-p 0.9), full fine-tuning
-with float32 master weights and bfloat16 compute. Estimated from the CPU's token counts, not measured:
-about 10 minutes of SFT and 20 of GRPO on one H100. Numbers to expect: the SFT arm should pass the
-translation-memory floor (similarity 0.44 to 0.52, printed in the table), GRPO the SFT arm; results
-measured so far are in README.md. On a smaller card lower grpo.prompts_per_step, or raise
-gradient_accumulation_steps, which changes nothing but memory.
+with float32 master weights and bfloat16 compute. Estimated, not measured: 10 minutes of SFT and 20
+of GRPO on one H100. What to look for: SFT above the translation-memory floor that the table prints,
+GRPO above SFT, and under the judge too. On a smaller card raise gradient_accumulation_steps, which
+changes nothing but memory.
 """
 
 from grpo_jax.config import Config

@@ -1,12 +1,12 @@
 """arXiv 2605.14366, Tibetan headline generation: Qwen3-4B with LoRA r = 64.
 
-    python -m grpo_jax.main --config=configs/paper_bo_headline.py --workdir=runs/paper_bo_headline \\
+    python -m grpo_jax.main --config=configs/paper_bo_headline.py --workdir=runs/bo_headline \\
         --config.data.train=DATA.jsonl --config.encoder.path=ENCODER
 
-DATA holds rows {"source": a Tibetan article, "target": its headline}, as the CMHG corpus gives them;
-ENCODER as in paper_bo_zh.py, whose published and filled-in settings are the same. One 80 GB GPU; the
-time was not measured. The paper reports a similarity of 0.5774 after the cold start, 0.6499 after
-strong SFT and 0.6404 after semantic RL.
+DATA holds rows {"source": a Tibetan article, "target": its headline}, as in the CMHG corpus;
+ENCODER as in paper_bo_zh.py, whose published and filled-in settings are the same. One 80 GB GPU;
+the time was not measured. The paper reports a similarity of 0.5774 after the cold start, 0.6499
+after strong SFT and 0.6404 after semantic RL.
 """
 
 from configs import paper_bo_zh

@@ -3,9 +3,9 @@
     python -m grpo_jax.main --config=configs/paper_bo_zh.py --workdir=runs/paper_bo_zh \\
         --config.data.train=DATA.jsonl --config.encoder.path=ENCODER
 
-DATA holds rows {"source": Chinese, "target": Tibetan}; ENCODER is a sentence-transformers folder that
-knows Tibetan (the paper tuned CINO on Chinese-Tibetan pairs; LaBSE lists Tibetan too). One 80 GB
-GPU; the time was not measured. The paper reports a similarity of 0.5593 after the cold start,
+DATA holds rows {"source": Chinese, "target": Tibetan}; ENCODER is a sentence-transformers folder
+that knows Tibetan (the paper tuned CINO on Chinese-Tibetan pairs; LaBSE lists Tibetan too). One
+80 GB GPU; the time was not measured. The paper reports a similarity of 0.5593 after the cold start,
 0.8282 after strong SFT and 0.7164 after semantic RL.
 
 Published: LoRA on every linear layer (r 64, alpha 128, dropout 0.05), both learning rates, 5k

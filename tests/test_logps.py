@@ -64,7 +64,7 @@ def test_logits_of_all_tokens_never_exist():
                 yield from sizes(inner)
 
     largest = max(sizes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel).jaxpr))
-    assert head_lib.CHUNK * 60 <= largest < targets.size * 60
+    assert 400 * 60 <= largest <= head_lib.CHUNK * 60 < targets.size * 60
 
 
 @pytest.mark.parametrize("kernel_dtype", [jnp.float32, jnp.bfloat16])

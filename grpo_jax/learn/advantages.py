@@ -42,10 +42,9 @@ def advantages(
         return jnp.where(flat, 0.0, centred / (jnp.std(summed, ddof=1) + EPS))
     out = _normalised(total, scale)
     if kind == "rloo":
+        # r - mean of the others = G / (G - 1) (r - mean of all)
         size = total.shape[1]
-        out = (
-            out * size / max(size - 1, 1)
-        )  # r - mean of the others = G / (G - 1) (r - mean of all)
+        out = out * size / max(size - 1, 1)
     return out
 
 

@@ -7,6 +7,7 @@ rounding of chunked products biases training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,18 +75,20 @@ def _scores(hidden: Array, head: Array) -> Array:
 
 
 def _in_chunks(fn: Callable[..., Any], hidden: Array, *arrays: Array) -> Any:
-    """Maps fn over CHUNK tokens at a time; the leading axes of all arrays are those of a token."""
+    """Maps fn over at most CHUNK tokens at a time; the leading axes of all arrays are a token's.
+
+    Chunk i takes tokens i, i + n, i + 2 n ...: the batch is sharded over its first axis, and so
+    every device has its share of every chunk.
+    """
     lead = hidden.shape[:-1]
-    count = 1
-    for size in lead:
-        count *= size
-    size = min(CHUNK, count)
+    count = math.prod(lead)
+    n = -(-count // CHUNK)
 
     def split(x: Array) -> Array:
         x = x.reshape(count, *x.shape[len(lead) :])
-        x = jnp.pad(x, ((0, -count % size), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(-1, size, *x.shape[1:])
+        x = jnp.pad(x, ((0, -count % n), *((0, 0),) * (x.ndim - 1)))
+        return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
 
     chunks = tuple(split(x) for x in (hidden, *arrays))
     out = jax.lax.map(lambda c: jax.checkpoint(fn)(*c), chunks)
-    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(lead), out)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1)[:count].reshape(lead), out)
