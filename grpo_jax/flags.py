@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import os
 import re
 import sys
@@ -78,7 +79,9 @@ def _is_section(hint: Any) -> bool:
 def _check_file(path: str, name: str) -> None:
     if not os.path.isfile(path.split(":", 1)[0]):
         folder = Path(path).parent
-        near = did_you_mean(path, map(str, folder.glob("*.py")) if folder.is_dir() else ())
+        files = [file.name for file in folder.glob("*.py")] if folder.is_dir() else []
+        close = difflib.get_close_matches(Path(path).name, files, n=1)
+        near = f"; did you mean {folder / close[0]}?" if close else ""
         raise ValueError(f"--{name}={path}: no such file{near}")
 
 

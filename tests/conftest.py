@@ -13,6 +13,7 @@ FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))  # later ones win
+os.environ["PJRT_NPROC"] = "16"  # fewer threads than devices wait for each other for ever
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

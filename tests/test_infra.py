@@ -51,8 +51,12 @@ def test_workdir_resumes_and_keeps_the_drawn_seed(tmp_path):
 
 
 def test_workdir_of_another_config_is_refused(tmp_path):
-    cfg = Config(seed=1)
+    cfg = Config(seed=3)
     Workdir.open(tmp_path, cfg).close()
+    cfg.seed = 1  # a run that stopped before it had any result is not in the way
+    run = Workdir.open(tmp_path, cfg)
+    append_jsonl(run.metrics, {"stage": "sft", "step": 1})
+    run.close()
     cfg.grpo.beta, cfg.seed, cfg.stages = 0.5, 2, ("grpo",)
     with pytest.raises(ValueError, match="another configuration") as error:
         Workdir.open(tmp_path, cfg)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax import config
-
-Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -110,7 +108,7 @@ def check_rows(mesh: Mesh, name: str, rows: int) -> None:
         )
 
 
-def put_batch(mesh: Mesh, batch: Tree) -> Tree:
+def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Places a NamedTuple of host arrays (None leaves allowed) by `batch_sharding`.
 
     Args:
@@ -124,7 +122,7 @@ def put_batch(mesh: Mesh, batch: Tree) -> Tree:
     )
 
 
-def put_same(mesh: Mesh, tree: Tree) -> Tree:
+def put_same(mesh: Mesh, tree: Any) -> Any:
     """Places host arrays that every process holds alike: split by rows where they divide evenly."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -29,6 +29,7 @@ from grpo_jax.infra.provenance import describe_run
 _log = logging.getLogger(__name__)
 
 TRAINING = ("sft", "grpo", "recover")
+RESULTS = ("checkpoints", "evaluation", "metrics.jsonl")  # what makes a folder belong to its run
 REFUSED = -1  # in place of a seed
 MIN_FREE_BYTES = 200 * 2**20  # less than this at the start and the run will not get far
 
@@ -47,7 +48,7 @@ class Workdir:
         """Creates the folder, or takes up the run that is in it.
 
         Raises:
-          ValueError: the folder belongs to another configuration, or another run is using it.
+          ValueError: the folder holds results of another configuration, or another run uses it.
           OSError: it cannot be written, or the disk is nearly full.
         """
         folder = Path(path).expanduser().absolute()
@@ -270,6 +271,8 @@ def _enter(folder: Path, cfg: Config) -> int:
     common = min(len(stages), len(old_stages))
     if stages[:common] != old_stages[:common]:
         different.append(f"stages: was {', '.join(old_stages)}, now {', '.join(stages)}")
+    if different and not any((folder / name).exists() for name in RESULTS):
+        old, old_seed, old_stages, different = None, cfg.seed, stages, []  # it never got anywhere
     if different:
         raise ValueError(
             f"workdir {folder}: belongs to a run with another configuration; choose another "

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import GRPO
@@ -27,9 +28,11 @@ from grpo_jax.rewards.scorer import within_group_stats
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.generation import generate
-from grpo_jax.stages.health import complaints
+from grpo_jax.stages.health import warn
 from grpo_jax.stages.run import Run, stage_key
-from grpo_jax.structs import PromptBatch, Rewards, Rollout, TrainBatch
+from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
+
+SHOWN = ("reward", "kl", "tokens_per_second")  # metrics beside the progress bar
 
 _log = logging.getLogger(__name__)
 
@@ -72,9 +75,9 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
             mine, everyone = learning.batch_indices(len(rows), P, data.seed, step)
             prompts = prompt_batch(rows, mine, data.max_prompt_length, everyone)
+            ids, lengths = mesh_lib.put_batch(run.mesh, (prompts.ids, prompts.lengths))
             variables = policy_variables(state.params, frozen, lora)
-            on_mesh = mesh_lib.put_batch(run.mesh, (prompts.ids, prompts.lengths))
-            rollout = sample(variables, *on_mesh, sample_key, num_generations=G)
+            rollout = sample(variables, ids, lengths, sample_key, num_generations=G)
             local = jax.tree.map(mesh_lib.fetch_local, rollout)
             clock.append(time.monotonic())
 
@@ -82,39 +85,32 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             rewards = run.scorer.score(texts, prompts.rows, tau)
             clock.append(time.monotonic())
 
-            batch = _train_batch(run, cfg, prompts, local, rewards)
+            longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
+            batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
+            batch = batch._replace(advantages=_advantages(run, cfg, rewards))
             if cfg.beta > 0:
                 batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
-            collected = []
+            stats = []
             for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
-                state, stats = update(state, frozen, minibatch, update_key)
-                collected.append(stats)
-            metrics = _collect(jax.device_get(collected))
+                state, stat = update(state, frozen, minibatch, update_key)
+                stats.append(stat)
+            metrics = _collect(jax.device_get(stats))
             clock.append(time.monotonic())
-            learning.check_finite(stage, step + 1, metrics, everyone.tolist())
 
-            done, score = step + 1, None
+            done = step + 1
+            learning.check_finite(stage, done, metrics, everyone.tolist())
             metrics |= within_group_stats(rewards) | _completion_stats(local)
             metrics |= _times(clock, metrics["num_tokens"])
-            metrics["learning_rate"] = float(learner.schedule(step * updates))
-            for kind, sentence in complaints(metrics).items():
-                if kind not in said:
-                    _log.warning("step %d: %s", done, sentence)
-            said |= complaints(metrics).keys()
+            metrics |= {"tau": tau, "learning_rate": float(learner.schedule(step * updates))}
+            warn(done, metrics, said)
+            score = None
             if learning.due(done, cfg.eval_every, total):
                 score = _dev_reward(run, policy_variables(state.params, frozen, lora), tau)
                 metrics["eval/reward"] = score
-            if learning.due(done, run.cfg.log.every, total) or score is not None:
-                run.writer.write(stage, done, metrics)
             if learning.due(done, run.cfg.log.samples_every, total):
                 run.writer.samples(stage, done, _samples(run, prompts, texts, rewards))
-            if learning.due(done, run.cfg.checkpoint.every, total) or score is not None:
-                learning.save(learner, done, state, score, tau=tau)
-            bar.update(
-                reward=metrics["reward"],
-                kl=metrics.get("kl", 0.0),
-                tokens_per_second=metrics["tokens_per_second"],
-            )
+            learning.record(run, learner, stage, done, total, state, metrics, score, tau=tau)
+            bar.update(**{name: metrics[name] for name in SHOWN if name in metrics})
 
 
 def _calibrate(run: Run, variables: dict) -> float:
@@ -139,25 +135,25 @@ def _completions(local: Rollout) -> list[list[int]]:
 
 
 def _train_batch(
-    run: Run, cfg: GRPO, prompts: PromptBatch, local: Rollout, rewards: Rewards
+    cfg: GRPO, prompt_ids: jax.Array, prompt_lengths: jax.Array, rollout: Rollout, length: int
 ) -> TrainBatch:
-    """The rollout on the mesh, cut to the bucket of its longest completion, with advantages."""
-    limit = run.cfg.data.max_completion_length
-    longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
-    T = bucket(longest, limit)
-    mask = local.mask & local.ended[..., None] if cfg.mask_truncated_completions else local.mask
-    total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, rewards.terms))
-    batch = TrainBatch(
-        prompt_ids=prompts.ids,
-        prompt_lengths=prompts.lengths,
-        ids=local.ids[..., :T],
-        mask=mask[..., :T],
-        advantages=np.zeros(local.ids.shape[:2], np.float32),
-        old_logps=local.logps[..., :T],
+    """The rollout cut to `length`, which holds its longest completion; advantages still 0."""
+    mask = rollout.mask
+    if cfg.mask_truncated_completions:
+        mask = mask & rollout.ended[..., None]
+    return TrainBatch(
+        prompt_ids=prompt_ids,
+        prompt_lengths=prompt_lengths,
+        ids=rollout.ids[..., :length],
+        mask=mask[..., :length],
+        advantages=jnp.zeros(rollout.ended.shape, jnp.float32),
+        old_logps=rollout.logps[..., :length],
     )
-    weights = run.scorer.weights
-    scored = advantages(total, terms, cfg.advantage, cfg.scale_rewards, weights)
-    return mesh_lib.put_batch(run.mesh, batch)._replace(advantages=scored)
+
+
+def _advantages(run: Run, cfg: GRPO, rewards: Rewards) -> Array:
+    total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, rewards.terms))
+    return advantages(total, terms, cfg.advantage, cfg.scale_rewards, run.scorer.weights)
 
 
 def _minibatches(cfg: GRPO, batch: TrainBatch) -> Iterator[TrainBatch]:

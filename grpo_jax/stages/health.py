@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 FLAT_GROUPS = 0.5  # share of groups without spread, from which most sampling is for nothing
 CUT_OFF = 0.5  # share of completions that never ended
 FAR = 1.0  # nats a token from the reference
 DRIFT = 0.1  # nats between the sampler's log-probs and the update's
+
+
+_log = logging.getLogger(__name__)
+
+
+def warn(step: int, metrics: dict[str, float], said: set[str]) -> None:
+    """Logs the complaints about a step whose kinds are not in `said`, and adds them there."""
+    found = complaints(metrics)
+    for kind in found.keys() - said:
+        _log.warning("step %d: %s", step, found[kind])
+    said.update(found)
 
 
 def complaints(metrics: dict[str, float]) -> dict[str, str]:

@@ -67,9 +67,27 @@ def open_learner(
     return Learner(state, frozen, step, aux, checkpoints, optimizer, schedule)
 
 
-def save(learner: Learner, step: int, state: TrainState, score: float | None, **aux: Any) -> None:
-    """Saves the state after `step` steps of the stage's loop."""
-    learner.checkpoints.save(step, state, {"loop_step": step, **aux}, score)
+def record(
+    run: Run,
+    learner: Learner,
+    stage: str,
+    step: int,
+    total: int,
+    state: TrainState,
+    metrics: dict[str, float],
+    score: float | None,
+    **aux: Any,
+) -> None:
+    """Writes the metrics and the state after `step` steps of the loop, each if it is due.
+
+    Args:
+      score: on dev, higher is better; a step that has one is always written.
+      aux: numbers that a resumed loop needs beside the state.
+    """
+    if score is not None or due(step, run.cfg.log.every, total):
+        run.writer.write(stage, step, metrics)
+    if score is not None or due(step, run.cfg.checkpoint.every, total):
+        learner.checkpoints.save(step, state, {"loop_step": step, **aux}, score)
 
 
 def due(step: int, every: int, total: int) -> bool:

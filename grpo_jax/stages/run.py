@@ -76,6 +76,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
     base = hub.load_decoder(
         cfg.model.path, dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
     )
+    _check_lengths(cfg, base.config.max_position_embeddings)
     rank = cfg.model.lora.rank
     model = Decoder(
         base.config,
@@ -137,6 +138,23 @@ def _check_batches(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         parts = cfg.grpo.num_minibatches * cfg.grpo.gradient_accumulation_steps
         name = "grpo.prompts_per_step / (num_minibatches * gradient_accumulation_steps)"
         mesh_lib.check_rows(mesh, name, cfg.grpo.prompts_per_step // parts)
+
+
+def _check_lengths(cfg: Config, positions: int) -> None:
+    """A prompt and its completion must fit the positions that the model knows."""
+    data = cfg.data
+    for name, length in (
+        (
+            "data.max_prompt_length + data.max_completion_length",
+            data.max_prompt_length + data.max_completion_length,
+        ),
+        ("evaluation.max_retention_length", cfg.evaluation.max_retention_length),
+    ):
+        if length > positions:
+            raise ValueError(
+                f"{name}: got {length} tokens, but {cfg.model.path} has max_position_embeddings = "
+                f"{positions}; lower it, or take a model with a longer context"
+            )
 
 
 def stage_key(run: Run, stage: str) -> jax.Array:

@@ -61,10 +61,7 @@ def run_sft(run: Run, stage: str, cfg: SFT) -> None:
             if learning.due(done, cfg.eval_every, total):
                 score = -_dev_loss(run, logps, state, frozen, cfg.batch_size)
                 metrics["eval/loss"] = -score
-            if learning.due(done, run.cfg.log.every, total) or score is not None:
-                run.writer.write(stage, done, metrics)
-            if learning.due(done, run.cfg.checkpoint.every, total) or score is not None:
-                learning.save(learner, done, state, score)
+            learning.record(run, learner, stage, done, total, state, metrics, score)
             bar.update(loss=metrics["loss"], tokens_per_second=metrics["tokens_per_second"])
 
 
