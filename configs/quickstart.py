@@ -4,8 +4,8 @@
     python -m grpo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 SmolLM2-135M-Instruct (dequantised from 4 bits) learns from LibreOffice's help pages; the reward is
-the cosine under all-MiniLM-L6-v2. 8 GB of memory. A demonstration, not an experiment: 1,000 short
-pairs and 10 GRPO steps. A plain template spends the CPU's tokens on the text. What to expect stands
+the cosine under all-MiniLM-L6-v2. 8 GB of memory. A demonstration, not an experiment: 700 short
+pairs and 8 GRPO steps. A plain template spends the CPU's tokens on the text. What to expect stands
 in README.md; configs/om_en.py is the experiment.
 """
 
@@ -27,13 +27,13 @@ def get_config() -> Config:
     cfg.data.max_completion_length = 16
 
     cfg.sft.batch_size = 16
-    cfg.sft.max_steps = 60
+    cfg.sft.max_steps = 45
     cfg.sft.optimizer.learning_rate = 2e-4
     cfg.sft.optimizer.warmup_ratio = 0.1
 
     cfg.grpo.prompts_per_step = 8
     cfg.grpo.num_generations = 8
-    cfg.grpo.max_steps = 10
+    cfg.grpo.max_steps = 8
     cfg.grpo.sampling.temperature = 0.8
     cfg.grpo.sampling.top_p = 0.9
     cfg.grpo.scale_rewards = "none"
@@ -47,5 +47,5 @@ def get_config() -> Config:
     cfg.evaluation.max_retention_rows = 32
     cfg.evaluation.max_retention_length = 64
     cfg.checkpoint.every = 30
-    cfg.log.samples_every = 5
+    cfg.log.samples_every = 4
     return cfg
