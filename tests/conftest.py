@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a stale entry must not decide a test
@@ -19,6 +20,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from golden import make_hub  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from grpo_jax.models.decoder import Decoder, DecoderConfig  # noqa: E402
@@ -63,3 +65,19 @@ def tiny_params(tiny: Decoder) -> dict:
         return jnp.asarray(value, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face folder of a random tiny model of each decoder family."""
+    root = tmp_path_factory.mktemp("decoders")
+    for kind in make_hub.DECODERS:
+        make_hub.write_decoder(root / kind, kind)
+    return {kind: root / kind for kind in make_hub.DECODERS}
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    """A private copy to damage."""
+    make_hub.write_decoder(tmp_path / "model", "llama")
+    return tmp_path / "model"

@@ -18,14 +18,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("decoders")
-    for kind in make_hub.DECODERS:
-        make_hub.write_decoder(root / kind, kind)
-    return {kind: root / kind for kind in make_hub.DECODERS}
-
-
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's order of q and k rows: i and i + H/2 become neighbours."""
     halves = weight.reshape(heads, 2, -1, weight.shape[-1])

@@ -21,14 +21,6 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("decoders")
-    for kind in make_hub.DECODERS:
-        make_hub.write_decoder(root / kind, kind)
-    return {kind: root / kind for kind in make_hub.DECODERS}
-
-
-@pytest.fixture(scope="session")
 def llama(folders: dict[str, Path]) -> hub.Policy:
     return hub.load_decoder(folders["llama"])
 

@@ -16,13 +16,6 @@ from grpo_jax.hub.configs import decoder_config, decoder_json
 from grpo_jax.hub.names import decoder_table
 
 
-@pytest.fixture
-def llama_folder(tmp_path: Path) -> Path:
-    """A private copy to damage."""
-    make_hub.write_decoder(tmp_path / "model", "llama")
-    return tmp_path / "model"
-
-
 def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from golden import make_hub
 
 from grpo_jax.text.tokenizer import Tokenizer
 
@@ -14,13 +13,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<|pad|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-@pytest.fixture
-def llama_folder(tmp_path: Path) -> Path:
-    """A private copy to damage."""
-    make_hub.write_decoder(tmp_path / "model", "llama")
-    return tmp_path / "model"
 
 
 def edit_json(file: Path, **changes: object) -> None:

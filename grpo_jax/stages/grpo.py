@@ -68,7 +68,7 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
     key = stage_key(run, stage)
     said: set[str] = set()
     if updates == 1:
-        _log.info("one update a rollout: the policy loss is about 0 at every step, by construction")
+        _log.info("one update a rollout: policy_loss stays about 0, its gradient is what matters")
     with learner.checkpoints, track(stage, learner.step, total) as bar:
         for step in range(learner.step, total):
             clock = [time.monotonic()]
