@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment with this package in it.
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # find_python: prints a Python of at least 3.11; $PYTHON names one to use instead.
 find_python() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 
 import jax
@@ -32,7 +33,6 @@ def model_card(run: Run, arm: str) -> str:
     """README.md of an exported model: base, data, method, scores."""
     cfg = run.cfg
     method = {
-        "base": "unchanged",
         "sft": "supervised fine-tuning",
         "grpo": "GRPO",
         "recover": "SFT",
@@ -49,12 +49,18 @@ def model_card(run: Run, arm: str) -> str:
         f"# {run.base.folder.name}, {arm}",
         "",
         f"- **Base model:** {cfg.model.path}",
-        f"- **Data:** {cfg.data.train}, {len(run.corpus.cold_start)} rows for SFT and "
-        f"{len(run.corpus.train)} for GRPO",
+        f"- **Data:** {cfg.data.train}; SFT drew from {len(run.corpus.cold_start)} rows, GRPO from "
+        f"{len(run.corpus.train)}",
         f"- **Method:** {steps}; {weights}; seed {run.workdir.seed}",
-        f"- **Reward:** cosine under {cfg.encoder.path} and a language gate for "
-        f"{cfg.reward.language}, after arXiv 2605.14366",
-        f"- **Prompt:** `{cfg.data.prompt}`" + (" in the chat template" if cfg.data.chat else ""),
+        f"- **Prompt:** `{json.dumps(cfg.data.prompt, ensure_ascii=False)}`"
+        + (" in the chat template" if cfg.data.chat else ""),
+    ]
+    if "grpo" in chain:
+        lines.append(
+            f"- **Reward:** cosine under {cfg.encoder.path} and a language gate for "
+            f"{cfg.reward.language}, after arXiv 2605.14366"
+        )
+    lines += [
         "",
         "Trained with grpo_jax. Weights of the base model keep its licence.",
     ]
