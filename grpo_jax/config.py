@@ -237,7 +237,8 @@ class Config:
     log: Log = field(default_factory=Log)
 
 
-STAGES = ("sft", "grpo", "recover", "evaluate", "export")  # all there are, in their order
+TRAINING = ("sft", "grpo", "recover")  # the stages that make an arm
+STAGES = (*TRAINING, "evaluate", "export")  # all there are, in their order
 
 # Not part of a run's identity, so these may change when it is resumed: what changes nothing that is
 # computed, and what only a stage behind the training reads, which then runs again.

@@ -201,14 +201,6 @@ def test_a_handful_of_sentences_is_enough_to_fire():
     ]
 
 
-def test_json_round_trip(sides, spelling_gate):
-    texts = [*sides[0][600:800], *sides[1][600:800]]
-    for gate in (spelling_gate, LanguageGate.fit("bo", TIBETAN, CHINESE)):
-        again = LanguageGate.from_json(gate.to_json())
-        assert again == gate
-        np.testing.assert_array_equal(again(texts), gate(texts))
-
-
 def test_the_ratio_is_a_ratio_of_distributions(sides):
     """For any history, both sides' probabilities sum to 1 over the alphabet and one unknown."""
     counts = language._trigrams([language._spelled(t) for t in sides[0][:100]])

@@ -22,13 +22,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.config import STAGES, Config, fingerprint, flatten, identity, stage_fields, to_dict
+from grpo_jax.config import (
+    STAGES,
+    TRAINING,
+    Config,
+    fingerprint,
+    flatten,
+    identity,
+    stage_fields,
+    to_dict,
+)
 from grpo_jax.infra import distributed
 from grpo_jax.infra.provenance import describe_run
 
 _log = logging.getLogger(__name__)
 
-TRAINING = ("sft", "grpo", "recover")
 RESULTS = ("checkpoints", "evaluation", "metrics.jsonl")  # what makes a folder belong to its run
 REFUSED = -1  # in place of a seed
 MIN_FREE_BYTES = 200 * 2**20  # less than this at the start and the run will not get far

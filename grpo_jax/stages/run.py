@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import assets, hub
-from grpo_jax.config import Config, Optimizer, Sampling
+from grpo_jax.config import TRAINING, Config, Optimizer, Sampling
 from grpo_jax.data.corpus import Corpus, load_corpus
 from grpo_jax.evals.retention import build_retention
 from grpo_jax.infra import mesh as mesh_lib
@@ -30,8 +30,6 @@ from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.structs import TrainState
 from grpo_jax.text.language import LanguageGate
-
-TRAINING = ("sft", "grpo", "recover")
 
 _log = logging.getLogger(__name__)
 

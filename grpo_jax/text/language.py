@@ -18,7 +18,6 @@ looks no more like the sources than like the targets.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -140,19 +139,6 @@ class LanguageGate:
             f"language gate {self.language!r}: {_or(self.scripts)} ({signal}); passes "
             f"{self.accepted:.1%} of held-out targets, rejects {self.rejected:.1%} of sources"
         )
-
-    def to_json(self) -> str:
-        """The whole gate, a few hundred kilobytes at most."""
-        fields = dataclasses.asdict(self)
-        return json.dumps(fields | {"threshold": self.threshold if self.target else None})
-
-    @classmethod
-    def from_json(cls, text: str) -> LanguageGate:
-        """The gate that `to_json` wrote."""
-        fields = json.loads(text)
-        threshold = fields.pop("threshold")
-        scripts = tuple(fields.pop("scripts"))
-        return cls(**fields, scripts=scripts, threshold=np.inf if threshold is None else threshold)
 
     def _passes(self, text: str) -> bool:
         shares = script_shares(text)
