@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +187,29 @@ def test_a_run_with_another_config_is_refused(base: Path) -> None:
     with whole.machine(base), pytest.raises(ValueError, match=r"grpo\.beta: was 0\.\d+, now 0\.5"):
         main.train(cfg, str(folder))
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_recovery_can_follow_a_finished_run(base: Path) -> None:
+    """A stage added at the end starts from GRPO's result and leaves the earlier stages alone."""
+    folder = base / "lora-recovered"
+    shutil.copytree(whole.finished(base, "lora"), folder)
+    cfg = whole.lora_config()
+    cfg.stages = ("sft", "grpo", "recover", "export")
+    cfg.recover.sft = dataclasses.replace(cfg.sft, max_steps=2)
+    cfg.export.arms = ("recover",)
+    before = read_rows(folder / "metrics.jsonl")
+    assert attempt(base, folder, cfg, None) == ["sft", "export"]  # recover is run_sft's too
+    rows = read_rows(folder / "metrics.jsonl")
+    assert rows[: len(before)] == before
+    assert [(row["stage"], row["step"]) for row in rows[len(before) :]] == [
+        ("recover", 1),
+        ("recover", 2),
+    ]
+    weights = [
+        load_file(folder / "export" / arm / "model.safetensors") for arm in ("grpo", "recover")
+    ]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < np.abs(weights[0][name] - weights[1][name]).max() < 0.1
 
 
 # Learning

@@ -273,7 +273,9 @@ def _enter(folder: Path, cfg: Config) -> int:
             f"workdir {folder}: its config.json is not one of this program's; choose another "
             "--workdir"
         ) from None
-    different = _differences(old_values, values)
+    # A training stage that is only now added brings its own settings.
+    ahead = tuple(f"{stage}." for stage in TRAINING if stage not in old_stages)
+    different = [d for d in _differences(old_values, values) if not d.startswith(ahead)]
     if cfg.seed not in (None, old_seed):
         different.append(f"seed: was {old_seed}, now {cfg.seed}")
     common = min(len(stages), len(old_stages))
