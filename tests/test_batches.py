@@ -93,3 +93,10 @@ def test_sft_batch():
     assert batch.advantages.tolist() == [[1.0], [1.0]] and batch.old_logps is None
     with pytest.raises(ValueError, match="row 2 has no target text"):
         batches.sft_batch(examples, np.array([2]), 32, 32)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(5, 2), (4, 2), (1, 4), (3, 8)])
+def test_in_order_counts_every_row_once_in_batches_of_one_size(rows, size):
+    found = list(batches.in_order(rows, size))
+    assert all(len(indices) == size and max(indices) < rows for indices, _ in found)
+    assert [i for indices, count in found for i in indices[:count]] == list(range(rows))

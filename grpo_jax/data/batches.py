@@ -6,7 +6,7 @@ Lengths are padded up to one of three buckets, so that few shapes are ever compi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -66,6 +66,18 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def in_order(n_rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """All rows once, in order and in batches of one size, so that one program serves them all.
+
+    Yields:
+      Row numbers int [batch_size], and how many of them count: a last, smaller batch repeats its
+      rows.
+    """
+    for start in range(0, n_rows, batch_size):
+        count = min(batch_size, n_rows - start)
+        yield start + np.arange(batch_size) % count, count
 
 
 def bucket(n: int, limit: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import stage_fields, to_dict
-from grpo_jax.data.batches import sft_batch
+from grpo_jax.data.batches import in_order, sft_batch
 from grpo_jax.data.corpus import Example
 from grpo_jax.evals.floors import copy_source, translation_memory
 from grpo_jax.evals.metrics import translation_metrics
@@ -155,12 +155,9 @@ def _sum_over_tokens(
     run: Run, base: dict, params: dict, examples: list[Example], prompts: int, limit: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """NLL and KL summed over each example's completion, and its length: float64 [N] each."""
-    size = run.cfg.evaluation.batch_size
     parts = []
-    for start in range(0, len(examples), size):
-        count = min(size, len(examples) - start)
-        filled = start + np.arange(size) % count  # a last, smaller batch repeats its rows
-        batch = sft_batch(examples, filled, prompts, limit)
+    for indices, count in in_order(len(examples), run.cfg.evaluation.batch_size):
+        batch = sft_batch(examples, indices, prompts, limit)
         values = run.drift(base, params, mesh_lib.put_same(run.mesh, batch))
         columns = [*map(mesh_lib.fetch, values), batch.mask]
         parts.append([np.float64(x).sum((1, 2))[:count] for x in columns])

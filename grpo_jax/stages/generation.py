@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from grpo_jax.data.batches import prompt_batch
+from grpo_jax.data.batches import in_order, prompt_batch
 from grpo_jax.data.corpus import Example
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.models import lora
@@ -27,13 +27,10 @@ def generate(run: Run, variables: dict, examples: list[Example]) -> Generated:
     """
     if "lora" in variables:
         variables = {"params": jax.jit(lora.merge)(variables["params"], variables["lora"])}
-    size = run.cfg.evaluation.batch_size
     ids: list[list[int]] = []
     ended: list[bool] = []
-    for start in range(0, len(examples), size):
-        count = min(size, len(examples) - start)
-        filled = start + np.arange(size) % count  # a last, smaller batch repeats its rows
-        prompts = prompt_batch(examples, filled, run.cfg.data.max_prompt_length)
+    for indices, count in in_order(len(examples), run.cfg.evaluation.batch_size):
+        prompts = prompt_batch(examples, indices, run.cfg.data.max_prompt_length)
         on_mesh = mesh_lib.put_same(run.mesh, (prompts.ids, prompts.lengths))
         rollout = run.greedy(variables, *on_mesh, jax.random.key(0), num_generations=1)
         tokens, mask, stopped = (

@@ -44,13 +44,14 @@ def open_learner(
     """
     checkpoints = Checkpoints(run.workdir.checkpoints / stage, run.cfg.checkpoint.keep)
     optimizer = build_optimizer(cfg, optimizer_steps)
-    start = run_lib.load_params(run, run.before(stage))
-    lora = run.cfg.model.lora.rank > 0
-    frozen = run_lib.frozen_copy(run, start) if lora or reference else None
+    fresh = checkpoints.latest() is None
+    keeps = reference or run.cfg.model.lora.rank > 0
+    start = run_lib.load_params(run, run.before(stage)) if fresh or keeps else None
+    frozen = run_lib.frozen_copy(run, start) if keeps and start is not None else None
     step = 0
     aux: dict[str, Any] = {}
     abstract = run_lib.abstract_state(run, stage)
-    if checkpoints.latest() is None:
+    if fresh:
         key = jax.random.fold_in(run_lib.stage_key(run, stage), 2**31 - 1)
 
         def init(params: dict) -> TrainState:

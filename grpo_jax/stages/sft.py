@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import SFT
-from grpo_jax.data.batches import sft_batch
+from grpo_jax.data.batches import in_order, sft_batch
 from grpo_jax.data.corpus import Example
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
@@ -84,12 +84,10 @@ def _dev_loss(
     rows = rows[: run.cfg.evaluation.max_rows]
     variables = policy_variables(state.params, frozen, run.cfg.model.lora)
     loss, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        # The last batch is filled up with rows already seen, whose tokens then do not count.
-        indices = np.arange(start, start + batch_size)
-        batch = _batch(run, rows, indices % len(rows))
-        batch = batch._replace(mask=batch.mask & (indices < len(rows))[:, None, None])
+    for indices, count in in_order(len(rows), batch_size):
+        batch = _batch(run, rows, indices)
         values = jnp.asarray(logps(variables, mesh_lib.put_same(run.mesh, batch)))
-        loss -= float(np.where(batch.mask, mesh_lib.fetch(values), 0.0).sum())
-        tokens += int(batch.mask.sum())
+        mask = batch.mask[:count]
+        loss -= float(np.where(mask, mesh_lib.fetch(values)[:count], 0.0).sum())
+        tokens += int(mask.sum())
     return loss / tokens
