@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax import hub
 from grpo_jax.hub import decoder as hub_decoder
-from grpo_jax.hub.configs import decoder_config
+from grpo_jax.hub.decoder_config import decoder_config
 from grpo_jax.hub.names import decoder_table
 from grpo_jax.hub.weights import unstack, write_safetensors
 

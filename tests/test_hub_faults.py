@@ -12,7 +12,7 @@ from golden import make_hub
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import hub
-from grpo_jax.hub.configs import decoder_config, decoder_json
+from grpo_jax.hub.decoder_config import decoder_config, decoder_json
 from grpo_jax.hub.names import decoder_table
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Sampling
-from grpo_jax.hub.configs import decoder_config, decoder_json
+from grpo_jax.hub.decoder_config import decoder_config, decoder_json
 from grpo_jax.hub.folder import atomic_folder, find_folder
 from grpo_jax.hub.names import decoder_ignored, decoder_table
 from grpo_jax.hub.weights import (

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.hub.configs import encoder_config
+from grpo_jax.hub.encoder_config import encoder_config
 from grpo_jax.hub.decoder import check_vocabulary
 from grpo_jax.hub.folder import find_folder, read_json
 from grpo_jax.hub.names import encoder_ignored, encoder_table
