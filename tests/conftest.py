@@ -41,7 +41,7 @@ def tiny() -> Decoder:
             num_heads=4,
             num_kv_heads=2,
             head_dim=8,
-            attention_bias=True,
+            qkv_bias=True,
             qk_norm=True,
         )
     )

@@ -17,6 +17,7 @@ from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import batch_logps, init_state, policy_variables
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, DecoderConfig
+from grpo_jax.models.rope import Rope
 from grpo_jax.structs import TrainBatch
 
 FOLDER = Path(grpo_jax.__file__).parents[1] / "configs"
@@ -25,12 +26,12 @@ FILES = sorted(FOLDER.glob("*.py"))
 # Architectures as the models' own config.json files have them, and their numbers of parameters.
 SMOLLM2 = DecoderConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-    num_kv_heads=3, head_dim=64, rope_theta=100000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    num_kv_heads=3, head_dim=64, rope=Rope(100000.0), rms_norm_eps=1e-5, tie_word_embeddings=True,
     max_position_embeddings=8192,
 )  # fmt: skip
 QWEN3_4B = DecoderConfig(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32,
-    num_kv_heads=8, head_dim=128, rope_theta=1e6, qk_norm=True, tie_word_embeddings=True,
+    num_kv_heads=8, head_dim=128, rope=Rope(1e6), qk_norm=True, tie_word_embeddings=True,
     max_position_embeddings=40960,
 )  # fmt: skip
 TINY = DecoderConfig(

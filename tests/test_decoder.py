@@ -167,13 +167,15 @@ def test_parameter_paths_and_shapes(tiny):
     }
 
 
-def test_tied_and_untied_logits(tiny_params):
+def test_tied_and_untied_logits(tiny, tiny_params):
     hidden = np.random.default_rng(2).normal(size=(2, 3, 32)).astype(np.float32)
-    untied = logits(tiny_params, jnp.asarray(hidden))
+    untied = logits(tiny.config, tiny_params, jnp.asarray(hidden))
     np.testing.assert_allclose(untied, hidden @ tiny_params["lm_head"]["kernel"], atol=1e-5)
     tied = {name: leaf for name, leaf in tiny_params.items() if name != "lm_head"}
     embedding = np.asarray(tiny_params["embed_tokens"]["embedding"])
-    np.testing.assert_allclose(logits(tied, jnp.asarray(hidden)), hidden @ embedding.T, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(tiny.config, tied, jnp.asarray(hidden)), hidden @ embedding.T, atol=1e-5
+    )
 
 
 def test_bfloat16_stays_close_and_scores_in_float32(tiny, tiny_params, data, predict):
@@ -183,7 +185,7 @@ def test_bfloat16_stays_close_and_scores_in_float32(tiny, tiny_params, data, pre
         tiny_params, prompts, LENGTHS, ids
     )
     assert hidden.dtype == jnp.bfloat16
-    assert logits(tiny_params, hidden).dtype == jnp.float32
+    assert logits(tiny.config, tiny_params, hidden).dtype == jnp.float32
     wanted = np.asarray(predict(tiny_params, prompts, LENGTHS, ids))
     error = np.asarray(hidden, np.float32) - wanted
     assert np.sqrt(np.mean(error**2)) < 0.05 * wanted.std()

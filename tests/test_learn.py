@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ def batch(tiny, tiny_params) -> TrainBatch:
 
 class Bigram:
     """Stands in for the decoder where the model does not matter: a state a token, no layers."""
+
+    config = SimpleNamespace(final_logit_softcapping=0.0)
 
     def apply(self, variables, prompt_ids, prompt_lengths, ids, rngs=None, method=""):
         last = jnp.take_along_axis(prompt_ids, prompt_lengths[:, None] - 1, axis=1)

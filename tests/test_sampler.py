@@ -253,7 +253,7 @@ def test_greedy_decoding_is_the_argmax_of_one_forward(tiny, tiny_params, prompts
     variables = {"params": tiny_params}
     got = sample(variables, *prompts, jax.random.key(0), num_generations=1)
     hidden = tiny.apply(variables, *prompts, got.ids, method="predict")
-    scores = np.asarray(output_logits(tiny_params, hidden))
+    scores = np.asarray(output_logits(tiny.config, tiny_params, hidden))
     np.testing.assert_array_equal(got.ids, scores.argmax(-1))
     np.testing.assert_allclose(got.logps, jax.nn.log_softmax(scores).max(-1), atol=2e-5)
     assert np.asarray(got.mask).all()
@@ -268,7 +268,7 @@ def test_one_prompt_one_token_and_its_frequencies(tiny, tiny_params, prompts):
     assert got.ids.shape == (1, 4096, 1) and np.asarray(got.mask).all()
     np.testing.assert_array_equal(got.ended, np.asarray(got.ids)[..., 0] == 5)
     hidden, _ = tiny.apply({"params": tiny_params}, ids, lengths, method="prefill")
-    scores = np.asarray(output_logits(tiny_params, hidden))[0]
+    scores = np.asarray(output_logits(tiny.config, tiny_params, hidden))[0]
     assert_drawn_from(np.ravel(got.ids), warp(scores, sampling))
     wanted = jax.nn.log_softmax(scores / TEMPERATURE)[np.ravel(got.ids)]
     np.testing.assert_allclose(np.ravel(got.logps), wanted, atol=2e-5)

@@ -32,8 +32,9 @@ def build_retention(model: Decoder) -> Callable[[dict, dict, TrainBatch], tuple[
             return model.apply({"params": params}, *arguments, method="predict")
 
         ours, theirs = hidden(params), hidden(base_params)
-        logps, _ = token_logps(ours, head(params), batch.ids)
-        kl = forward_kl(theirs, head(base_params), ours, head(params))
+        cap = model.config.final_logit_softcapping
+        logps, _ = token_logps(ours, head(params), batch.ids, cap=cap)
+        kl = forward_kl(theirs, head(base_params), ours, head(params), cap)
         return jnp.where(batch.mask, -logps, 0.0), jnp.where(batch.mask, kl, 0.0)
 
     return jax.jit(retention)

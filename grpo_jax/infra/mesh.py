@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 # The end of a leaf's path -> its dimensions' axes. Layer leaves are stacked, [L, in, out]. Column
 # parallel linears split their output over "tensor" and row parallel ones their input, so that a
 # block needs one reduction (Megatron-LM, arXiv 1909.08053); "fsdp" takes the other dimension.
-_COLUMN = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"
+_COLUMN = r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj)"
 _ROW = r"(o_proj|down_proj)"
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),  # [V, D]

@@ -15,13 +15,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.models.layers import softcap
 from grpo_jax.structs import Array
 
 CHUNK = 512  # tokens whose logits exist at one time
 
 
 def token_logps(
-    hidden: Array, head: Array, targets: Array, temperature: float = 1.0
+    hidden: Array, head: Array, targets: Array, temperature: float = 1.0, cap: float = 0.0
 ) -> tuple[Array, Array]:
     """Log-probs of given tokens, differentiable in `hidden` and `head`, and the entropy.
 
@@ -30,6 +31,7 @@ def token_logps(
       head: [D, V].
       targets: int32 [...].
       temperature: logits are divided by it; must be positive.
+      cap: the model's final_logit_softcapping.
 
     Returns:
       logps float32 [...] and entropy float32 [...] in nats (no gradient).
@@ -39,7 +41,7 @@ def token_logps(
     head = head.astype(jnp.float32)
 
     def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        scores = _scores(hidden, head) / temperature
+        scores = _scores(hidden, head, cap) / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
         frozen = jax.lax.stop_gradient(scores)
@@ -50,28 +52,32 @@ def token_logps(
     return _in_chunks(chunk, hidden, targets)
 
 
-def forward_kl(hidden_p: Array, head_p: Array, hidden_q: Array, head_q: Array) -> Array:
+def forward_kl(
+    hidden_p: Array, head_p: Array, hidden_q: Array, head_q: Array, cap: float = 0.0
+) -> Array:
     """KL(p || q) over the whole vocabulary at each position.
 
     Args:
       hidden_p, hidden_q: [..., D] states of the two models.
       head_p, head_q: [D, V].
+      cap: the models' final_logit_softcapping.
 
     Returns:
       float32 [...] in nats.
     """
 
     def chunk(hidden_p: Array, hidden_q: Array) -> Array:
-        log_p = jax.nn.log_softmax(_scores(hidden_p, head_p), axis=-1)
-        log_q = jax.nn.log_softmax(_scores(hidden_q, head_q), axis=-1)
+        log_p = jax.nn.log_softmax(_scores(hidden_p, head_p, cap), axis=-1)
+        log_q = jax.nn.log_softmax(_scores(hidden_q, head_q, cap), axis=-1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
     return _in_chunks(chunk, hidden_p, hidden_q)
 
 
-def _scores(hidden: Array, head: Array) -> Array:
+def _scores(hidden: Array, head: Array, cap: float) -> Array:
     # Cast inside the chunk, so that the backward pass casts each chunk's share before adding it.
-    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    head = head.astype(hidden.dtype)
+    return softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), cap)
 
 
 def _in_chunks(fn: Callable[..., Any], hidden: Array, *arrays: Array) -> Any:

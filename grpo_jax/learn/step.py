@@ -41,7 +41,8 @@ def batch_logps(
     hidden: Any = model.apply(
         variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
     )
-    return token_logps(hidden, head(variables["params"]), batch.ids, temperature)
+    cap = model.config.final_logit_softcapping
+    return token_logps(hidden, head(variables["params"]), batch.ids, temperature, cap)
 
 
 def build_logps(

@@ -1,4 +1,4 @@
-"""Block maths shared by the models: norms, rotary positions, attention over a shared prefix.
+"""Block maths shared by the models: linear layers, norms, attention over a shared prefix.
 
 Everything here is a pure function or a module that only declares parameters. Norms, softmax and
 rotations run in float32 whatever the compute dtype.
@@ -54,16 +54,18 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467)."""
+    """Root-mean-square norm (arXiv 1910.07467); `offset` is added to its weight (Gemma: 1)."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+        return (x32 * (scale + self.offset)).astype(x.dtype)
 
 
 class Embed(nn.Module):
@@ -81,27 +83,19 @@ class Embed(nn.Module):
         return embedding[ids].astype(self.dtype)
 
 
-def rope(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated as Hugging Face stores them.
-
-    Args:
-      x: [..., N, H] queries or keys.
-      positions: int32 [...], one a token.
-      theta: base of the wavelengths.
-
-    Returns:
-      [..., N, H], same dtype.
-    """
-    half = x.shape[-1] // 2
-    inverse = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * inverse  # [..., 1, H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def softcap(scores: Array, cap: float) -> Array:
+    """cap tanh(scores / cap), which keeps scores within +-cap (Gemma 2); 0 leaves them alone."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def attention(q: Array, own: KV, own_mask: Array, prefix: tuple[KV, Array] | None = None) -> Array:
+def attention(
+    q: Array,
+    own: KV,
+    own_mask: Array,
+    prefix: tuple[KV, Array] | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Array:
     """Grouped-query attention of G sequences over their own keys and, maybe, one shared prefix.
 
     The prefix is read once for all G, never repeated: this is what makes a group of completions
@@ -111,21 +105,24 @@ def attention(q: Array, own: KV, own_mask: Array, prefix: tuple[KV, Array] | Non
       q: [P, G, T, N, H].
       own: keys and values [P, G, K, U, H]; N is a multiple of K.
       own_mask: bool, broadcastable to [P, G, K, R, T, U] with R = N / K.
-      prefix: keys and values [P, K, S, H] and their mask, bool [P, S].
+      prefix: keys and values [P, K, S, H] and their mask, bool, broadcastable to
+        [P, G, K, R, T, S].
+      scale: of the scores; None: H ** -0.5.
+      cap: the scores' softcap, 0 for none.
 
     Returns:
       [P, G, T, N * H] in q's dtype.
     """
     P, G, T, N, H = q.shape
     K = own.k.shape[2]
-    q = (q * H**-0.5).reshape(P, G, T, K, N // K, H)
+    q = (q * (H**-0.5 if scale is None else scale)).reshape(P, G, T, K, N // K, H)
     scores = jnp.einsum("PGTKRH,PGKUH->PGKRTU", q, own.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(own_mask, scores, MASKED)
+    scores = jnp.where(own_mask, softcap(scores, cap), MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if prefix is not None:
         shared, prefix_mask = prefix
         past = jnp.einsum("PGTKRH,PKSH->PGKRTS", q, shared.k, preferred_element_type=jnp.float32)
-        past = jnp.where(prefix_mask[:, None, None, None, None], past, MASKED)
+        past = jnp.where(prefix_mask, softcap(past, cap), MASKED)
         top = jnp.maximum(top, jnp.max(past, axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)

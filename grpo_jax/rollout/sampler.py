@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from grpo_jax.config import Sampling
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, DecoderLayer, head
-from grpo_jax.models.layers import KV, RMSNorm
+from grpo_jax.models.block import DecoderLayer, Layout, all_rotations
+from grpo_jax.models.decoder import Decoder, head, scale_embedding
+from grpo_jax.models.layers import KV, RMSNorm, softcap
 from grpo_jax.rollout.draw import draw
 from grpo_jax.structs import Array, Rollout
 
@@ -73,6 +74,7 @@ def build_sampler(
         def append(state: SamplingState, hidden: Array) -> SamplingState:
             """Draw token t of every row from the states [P, G, D] just before it."""
             scores = jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
+            scores = softcap(scores, model.config.final_logit_softcapping)
             uniforms = jax.random.uniform(jax.random.fold_in(key, state.t), (P, G, 2))
             flat = scores.reshape(P * G, -1)
             token, logp = draw(flat, uniforms.reshape(P * G, 2), sampling)
@@ -126,22 +128,24 @@ def _prepare(model: Decoder, variables: dict, sharding: jax.sharding.Sharding | 
 
 
 def _build_step(
-    model: Decoder, params: dict, prefix: KV, prompt_lengths: Array, prompt_mask: Array
+    model: Decoder, params: dict, prefix: KV, prompt_lengths: Array, prompt_mask: jax.Array
 ) -> Callable[[Array, Array, list[KV]], tuple[Array, list[KV]]]:
     """step(tokens [P, G], slot, caches) -> hidden [P, G, D] after the final norm, caches."""
     c = model.config
     layer = DecoderLayer(c, model.dtype)
-    norm = RMSNorm(c.rms_norm_eps)
+    norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
+    kinds = c.layer_kinds()
     per_layer = [
         jax.tree.map(lambda x, i=i: x[i], (params["layers"], prefix)) for i in range(c.num_layers)
     ]
 
     def step(tokens: Array, slot: Array, caches: list[KV]) -> tuple[Array, list[KV]]:
-        x = params["embed_tokens"]["embedding"][tokens]
+        x = scale_embedding(c, params["embed_tokens"]["embedding"][tokens])
         positions = jnp.broadcast_to(prompt_lengths[:, None] + slot, tokens.shape)
+        layout = Layout(positions, prompt_mask, all_rotations(c, positions))
         updated = []
-        for (layer_params, layer_prefix), cache in zip(per_layer, caches, strict=True):
-            arguments = (x, positions, slot, cache, layer_prefix, prompt_mask)
+        for (layer_params, layer_prefix), kind, cache in zip(per_layer, kinds, caches, strict=True):
+            arguments = (x, layout, kind, slot, cache, layer_prefix)
             out: Any = layer.apply({"params": layer_params}, *arguments, method="decode")
             x, cache = out
             updated.append(cache)
