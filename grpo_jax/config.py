@@ -127,6 +127,7 @@ class GRPO:
 
     prompts_per_step: int = 16
     num_generations: int = 8
+    lanes: int = 0  # completions of a prompt sampled at one time; a free lane takes the next; 0: all
     epochs: float = 1.0
     max_steps: int = 0
     sampling: Sampling = field(default_factory=Sampling)
@@ -244,7 +245,7 @@ STAGES = (*TRAINING, "evaluate", "export")  # all there are, in their order
 # computed, and what only a stage behind the training reads, which then runs again.
 CADENCE = (
     "stages", "seed", "log", "checkpoint.every", "checkpoint.keep", "mesh", "model.remat",
-    "encoder.batch_size",
+    "encoder.batch_size", "grpo.lanes",
 )  # fmt: skip
 AFTER_TRAINING = {"evaluate": ("evaluation", "encoder.judge"), "export": ("export",)}
 

@@ -61,6 +61,7 @@ RANGES: dict[str, str] = {
     "sft.eval_every": "[0, inf)",
     "grpo.prompts_per_step": "[1, inf)",
     "grpo.num_generations": "[2, inf)",  # a group of one has no advantage
+    "grpo.lanes": "[0, inf)",
     "grpo.epochs": "(0, inf)",
     "grpo.max_steps": "[0, inf)",
     "grpo.sampling.temperature": "(0, inf)",  # greedy groups are all alike

@@ -189,6 +189,17 @@ def test_log_probs_with_an_adapter(tiny_params, prompts, sample, teacher_forced)
     assert np.abs(got.logps - base).max() > 0.1
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_fewer_lanes_draw_the_same_completions(tiny, tiny_params, prompts, rollout, lanes):
+    """Lanes that take one completion after another, over a cache that wraps around."""
+    sample = build_sampler(tiny, Sampling(temperature=TEMPERATURE), T, EOS_IDS, lanes=lanes)
+    got = sample({"params": tiny_params}, *prompts, jax.random.key(0), num_generations=G)
+    np.testing.assert_array_equal(got.ids, rollout.ids)
+    np.testing.assert_array_equal(got.mask, rollout.mask)
+    np.testing.assert_array_equal(got.ended, rollout.ended)
+    np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
+
+
 def test_the_same_key_draws_the_same(sample, tiny_params, prompts, rollout):
     again = sample({"params": tiny_params}, *prompts, jax.random.key(0))
     np.testing.assert_array_equal(again.ids, rollout.ids)

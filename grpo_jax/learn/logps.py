@@ -1,8 +1,8 @@
 """Per-token log-probabilities through a chunked output head.
 
-[B, T, V] never exists: the head runs on CHUNK tokens at a time and the backward pass recomputes
-each chunk's logits. Products accumulate in float32 whatever the compute dtype, because bfloat16
-rounding of chunked products biases training.
+[B, T, V] never exists: the head runs on a chunk of tokens at a time, the fewer the larger the
+vocabulary, and the backward pass recomputes each chunk's logits. Products accumulate in float32
+whatever the compute dtype, because bfloat16 rounding of chunked products biases training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from grpo_jax.models.layers import softcap
 from grpo_jax.structs import Array
 
-CHUNK = 512  # tokens whose logits exist at one time
+LOGITS = 2**24  # numbers among the logits that exist at one time: 64 MiB
 
 
 def token_logps(
@@ -49,7 +49,7 @@ def token_logps(
         entropy = jax.lax.stop_gradient(log_normaliser) - mean_score
         return chosen - log_normaliser, entropy
 
-    return _in_chunks(chunk, hidden, targets)
+    return _in_chunks(chunk, head.shape[1], hidden, targets)
 
 
 def forward_kl(
@@ -71,7 +71,7 @@ def forward_kl(
         log_q = jax.nn.log_softmax(_scores(hidden_q, head_q, cap), axis=-1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    return _in_chunks(chunk, hidden_p, hidden_q)
+    return _in_chunks(chunk, head_p.shape[1], hidden_p, hidden_q)
 
 
 def _scores(hidden: Array, head: Array, cap: float) -> Array:
@@ -80,15 +80,15 @@ def _scores(hidden: Array, head: Array, cap: float) -> Array:
     return softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), cap)
 
 
-def _in_chunks(fn: Callable[..., Any], hidden: Array, *arrays: Array) -> Any:
-    """Maps fn over at most CHUNK tokens at a time; the leading axes of all arrays are a token's.
+def _in_chunks(fn: Callable[..., Any], vocab_size: int, hidden: Array, *arrays: Array) -> Any:
+    """Maps fn over at most LOGITS / V tokens at a time; the leading axes of all are a token's.
 
     Chunk i takes tokens i, i + n, i + 2 n ...: the batch is sharded over its first axis, and so
     every device has its share of every chunk.
     """
     lead = hidden.shape[:-1]
     count = math.prod(lead)
-    n = -(-count // CHUNK)
+    n = -(-count // max(1, LOGITS // vocab_size))
 
     def split(x: Array) -> Array:
         x = x.reshape(count, *x.shape[len(lead) :])

@@ -180,12 +180,16 @@ class Attention(nn.Module):
         layout: Layout,
         kind: LayerKind,
         slot: Array,
+        age: Array,
         cache: KV,
         prefix: KV,
     ) -> tuple[Array, KV]:
-        """One new token a row: x [P, G, D] at `slot` of the cache [P, G, K, U, H].
+        """One new token a row, x [P, G, D].
 
-        The layout holds the new tokens' positions [P, G] and the prompts' mask [P, S].
+        Args:
+          layout: the new tokens' positions [P, G] and the prompts' mask [P, S].
+          slot: int32 [], where the token goes in the cache, a ring [P, G, K, U, H].
+          age: int32 [P, G], tokens of the row in the cache with this one: the last that many.
         """
         rotation = jax.tree.map(lambda r: r[:, :, None], pick(layout.rotation, kind))
         q, k, v = self.project(x[:, :, None], rotation)
@@ -196,11 +200,12 @@ class Attention(nn.Module):
 
         cache = KV(write(cache.k, k), write(cache.v, v))
         length = cache.k.shape[3]
-        written = (jnp.arange(length) <= slot) & self._near(slot, length, kind)
+        back = (slot - jnp.arange(length)) % length
+        own = (back < age[..., None]) & (back < kind.window)
         seen = layout.prompt_mask[:, None, None, None, None]
         position = layout.positions[:, :, None, None, None, None]
         seen = seen & self._near(position, layout.prompt_mask.shape[1], kind)
-        out = self._attend(q, cache, written, (prefix, seen))
+        out = self._attend(q, cache, own[:, :, None, None, None], (prefix, seen))
         return self.o_proj(out[:, :, 0]), cache
 
     def _attend(
@@ -278,11 +283,18 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(x, out), kv if self.return_kv else None
 
     def decode(
-        self, x: Array, layout: Layout, kind: LayerKind, slot: Array, cache: KV, prefix: KV
+        self,
+        x: Array,
+        layout: Layout,
+        kind: LayerKind,
+        slot: Array,
+        age: Array,
+        cache: KV,
+        prefix: KV,
     ) -> tuple[Array, KV]:
         """As Attention.decode: x [P, G, D] -> [P, G, D] and the cache with one more token."""
         normed = self.input_layernorm(x)
-        out, cache = self.self_attn.decode(normed, layout, kind, slot, cache, prefix)
+        out, cache = self.self_attn.decode(normed, layout, kind, slot, age, cache, prefix)
         return self._feed_forward(x, out), cache
 
     def _feed_forward(self, x: Array, attended: Array) -> Array:

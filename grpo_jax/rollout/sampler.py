@@ -1,9 +1,11 @@
 """The sampler: prefill each prompt once, then decode its G completions in one lax.while_loop.
 
 In: parameters, P prompts, a key. Out: a Rollout with tokens, masks and log-probs, all on device.
-The prompt's keys and values are kept once and shared by the group; each completion has its own
-small cache, which the loop carries and XLA updates in place. Layers are unrolled in the loop and
-their parameters sliced, cast and (LoRA) merged once before it.
+The prompt's keys and values are kept once and shared by the group. A prompt has W <= G lanes, each
+with a small cache that the loop carries and XLA updates in place; a lane whose completion has ended
+takes the prompt's next one, so that short completions do not wait for long ones. The draws belong
+to the completions, not to the lanes: W changes the time and the memory, not what is sampled.
+Layers are unrolled in the loop and their parameters sliced, cast and (LoRA) merged once before it.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from grpo_jax.structs import Array, Rollout
 
 
 class SamplingState(NamedTuple):
-    """Carry of the decode loop. `t` tokens of each row have been drawn."""
+    """Carry of the decode loop, for P prompts with W lanes each."""
 
-    t: Array  # int32 []
+    steps: Array  # int32 [], draws made by every lane so far
+    sample: Array  # int32 [P, W], the completion that a lane is at; G when none is left for it
+    age: Array  # int32 [P, W], tokens drawn of it
+    token: Array  # int32 [P, W], the last of them
+    started: Array  # int32 [P], completions that a lane has taken
     ids: Array  # int32 [P, G, T]
-    mask: Array  # bool [P, G, T]
     logps: Array  # float32 [P, G, T]
-    done: Array  # bool [P, G]
-    caches: list[KV]  # L times [P, G, K, T - 1, H]
+    lengths: Array  # int32 [P, G]
+    ended: Array  # bool [P, G], the last token is a stop
+    caches: list[KV]  # L times [P, W, K, T - 1, H], rings written at one place by all lanes
 
 
 def build_sampler(
@@ -40,6 +46,7 @@ def build_sampler(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     sharding: jax.sharding.Sharding | None = None,
+    lanes: int = 0,
 ) -> Callable[..., Rollout]:
     """The jitted function sample(variables, prompt_ids, prompt_lengths, key, num_generations).
 
@@ -49,11 +56,12 @@ def build_sampler(
       max_new_tokens: T; a completion that has not ended by then is cut off.
       eos_ids: a row ends with the first token that is one of these; it belongs to the completion.
       sharding: where parameters are gathered before the loop; None leaves them as they come.
+      lanes: W, completions of a prompt that are drawn at one time; 0 draws all G at once.
 
     Returns:
       sample(variables, prompt_ids int32 [P, S], prompt_lengths int32 [P], key, num_generations=G)
       -> Rollout. variables is {"params": ...} or {"params": ..., "lora": scaled adapter}. The
-      same key gives the same draws however the batch is sharded.
+      same key gives the same draws however the batch is sharded and however many lanes there are.
     """
     stops = jnp.asarray(eos_ids, jnp.int32)
 
@@ -63,57 +71,81 @@ def build_sampler(
         params = _prepare(model, variables, sharding)
         P, S = prompt_ids.shape
         G, T = num_generations, max_new_tokens
+        W = min(lanes or G, G)
         prompt_mask = jnp.arange(S) < prompt_lengths[:, None]
         output = head(params)
-        hidden, prefix = cast(
+        last, prefix = cast(
             tuple[Array, KV],
             model.apply({"params": params}, prompt_ids, prompt_lengths, method="prefill"),
         )
+        first = jnp.broadcast_to(last[:, None], (P, W, last.shape[-1]))
         step = _build_step(model, params, prefix, prompt_lengths, prompt_mask)
+        uniforms = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (P, G, 2)))
+        draws = jnp.moveaxis(uniforms(jnp.arange(T)), 0, 2)  # [P, G, T, 2]
 
         def append(state: SamplingState, hidden: Array) -> SamplingState:
-            """Draw token t of every row from the states [P, G, D] just before it."""
+            """Draw each lane's next token from the state [P, W, D] just before it."""
             scores = jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
             scores = softcap(scores, model.config.final_logit_softcapping)
-            uniforms = jax.random.uniform(jax.random.fold_in(key, state.t), (P, G, 2))
-            flat = scores.reshape(P * G, -1)
-            token, logp = draw(flat, uniforms.reshape(P * G, 2), sampling)
-            token, logp = token.reshape(P, G), logp.reshape(P, G)
-            alive = ~state.done
-
-            def write(buffer: Array, new: Array) -> Array:
-                new = jnp.where(alive, new, jnp.zeros_like(new))
-                return jax.lax.dynamic_update_index_in_dim(buffer, new, state.t, axis=2)
-
+            chances = jax.vmap(lambda u, *at: u[at])(draws, state.sample, state.age)
+            flat = scores.reshape(P * W, -1)
+            token, logp = draw(flat, chances.reshape(P * W, 2), sampling)
+            token, logp = token.reshape(P, W), logp.reshape(P, W)
+            stopped = jnp.isin(token, stops)
+            age = state.age + 1
+            done = (state.sample < G) & (stopped | (age == T))
+            following = state.started[:, None] + jnp.cumsum(done, axis=1) - 1
             return SamplingState(
-                t=state.t + 1,
-                ids=write(state.ids, token),
-                mask=write(state.mask, alive),
-                logps=write(state.logps, logp),
-                done=state.done | jnp.isin(token, stops),
+                steps=state.steps + 1,
+                sample=jnp.where(done, jnp.minimum(following, G), state.sample),
+                age=jnp.where(done, 0, age),
+                token=token,
+                started=state.started + jnp.sum(done, axis=1),
+                ids=_write(state.ids, token, state.sample, state.age),
+                logps=_write(state.logps, logp, state.sample, state.age),
+                lengths=_write(state.lengths, age, state.sample),
+                ended=_write(state.ended, stopped, state.sample),
                 caches=state.caches,
             )
 
         def body(state: SamplingState) -> SamplingState:
-            token = jax.lax.dynamic_index_in_dim(state.ids, state.t - 1, axis=2, keepdims=False)
-            hidden, caches = step(token, state.t - 1, state.caches)
+            hidden, caches = step(state)
+            hidden = jnp.where((state.age == 0)[..., None], first, hidden)
             return append(state._replace(caches=caches), hidden)
 
         c = model.config
-        blank = jnp.zeros((P, G, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
+        blank = jnp.zeros((P, W, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
+        zeros = jnp.zeros((P, W), jnp.int32)
         state = SamplingState(
-            t=jnp.zeros((), jnp.int32),
+            steps=jnp.zeros((), jnp.int32),
+            sample=zeros + jnp.arange(W),
+            age=zeros,
+            token=zeros,
+            started=jnp.full(P, W),
             ids=jnp.zeros((P, G, T), jnp.int32),
-            mask=jnp.zeros((P, G, T), bool),
             logps=jnp.zeros((P, G, T), jnp.float32),
-            done=jnp.zeros((P, G), bool),
+            lengths=jnp.zeros((P, G), jnp.int32),
+            ended=jnp.zeros((P, G), bool),
             caches=[KV(blank, blank) for _ in range(c.num_layers)],
         )
-        state = append(state, jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1])))
-        state = jax.lax.while_loop(lambda s: (s.t < T) & ~jnp.all(s.done), body, state)
-        return Rollout(ids=state.ids, mask=state.mask, logps=state.logps, ended=state.done)
+        state = append(state, first)
+        state = jax.lax.while_loop(lambda s: jnp.any(s.sample < G), body, state)
+        mask = jnp.arange(T) < state.lengths[..., None]
+        return Rollout(ids=state.ids, mask=mask, logps=state.logps, ended=state.ended)
 
     return jax.jit(sample, static_argnames="num_generations")
+
+
+def _write(buffer: Array, values: Array, *at: Array) -> Array:
+    """buffer[p, at[p, w]] = values[p, w] for each prompt and lane; lanes without work write none.
+
+    Args:
+      buffer: [P, G, ...].
+      values: [P, W].
+      at: int32 [P, W], one for each axis of the buffer behind the first.
+    """
+    write = jax.vmap(lambda row, value, *at: row.at[at].set(value, mode="drop"))
+    return write(buffer, values, *at)
 
 
 def _prepare(model: Decoder, variables: dict, sharding: jax.sharding.Sharding | None) -> dict:
@@ -129,8 +161,8 @@ def _prepare(model: Decoder, variables: dict, sharding: jax.sharding.Sharding | 
 
 def _build_step(
     model: Decoder, params: dict, prefix: KV, prompt_lengths: Array, prompt_mask: jax.Array
-) -> Callable[[Array, Array, list[KV]], tuple[Array, list[KV]]]:
-    """step(tokens [P, G], slot, caches) -> hidden [P, G, D] after the final norm, caches."""
+) -> Callable[[SamplingState], tuple[Array, list[KV]]]:
+    """step(state) -> hidden [P, W, D] after the final norm, from the lanes' last tokens; caches."""
     c = model.config
     layer = DecoderLayer(c, model.dtype)
     norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
@@ -139,13 +171,15 @@ def _build_step(
         jax.tree.map(lambda x, i=i: x[i], (params["layers"], prefix)) for i in range(c.num_layers)
     ]
 
-    def step(tokens: Array, slot: Array, caches: list[KV]) -> tuple[Array, list[KV]]:
-        x = scale_embedding(c, params["embed_tokens"]["embedding"][tokens])
-        positions = jnp.broadcast_to(prompt_lengths[:, None] + slot, tokens.shape)
+    def step(state: SamplingState) -> tuple[Array, list[KV]]:
+        x = scale_embedding(c, params["embed_tokens"]["embedding"][state.token])
+        positions = prompt_lengths[:, None] + jnp.maximum(state.age - 1, 0)
         layout = Layout(positions, prompt_mask, all_rotations(c, positions))
+        slot = (state.steps - 1) % state.caches[0].k.shape[3]
         updated = []
-        for (layer_params, layer_prefix), kind, cache in zip(per_layer, kinds, caches, strict=True):
-            arguments = (x, layout, kind, slot, cache, layer_prefix)
+        layers = zip(per_layer, kinds, state.caches, strict=True)
+        for (layer_params, layer_prefix), kind, cache in layers:
+            arguments = (x, layout, kind, slot, state.age, cache, layer_prefix)
             out: Any = layer.apply({"params": layer_params}, *arguments, method="decode")
             x, cache = out
             updated.append(cache)
