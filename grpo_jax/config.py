@@ -28,9 +28,9 @@ class Lora:
     rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    # Names of linear layers (q_proj, ...), or all-linear: every one but the output matrix.
+    targets: tuple[str, ...] = ("all-linear",)
+    path: str = ""  # a PEFT adapter that the first training stage starts from; '': a fresh one
 
 
 @dataclass
@@ -52,6 +52,13 @@ class Encoder:
     dtype: str = "float32"
     max_length: Optional[int] = None  # tokens; None: as the encoder's folder says
     batch_size: int = 64  # texts at a time; they are sorted into length buckets
+    # What goes before every text: the name of a prompt in the encoder's folder ('' takes the
+    # folder's default, if it has one), or the text itself, such as "query: " ('' takes none).
+    prompt_name: str = ""
+    prompt: Optional[str] = None
+    # Of folders without modules.json. '' means mean, or lasttoken for a causal language model.
+    pooling: str = ""  # mean, cls, max, weightedmean, lasttoken or mean_sqrt_len_tokens
+    normalize: Optional[bool] = None  # None: only if modules.json says so
     judge: str = ""  # a second encoder, used by evaluation only; '' means none
 
 
@@ -127,7 +134,7 @@ class GRPO:
 
     prompts_per_step: int = 16
     num_generations: int = 8
-    lanes: int = 0  # completions of a prompt sampled at one time; a free lane takes the next; 0: all
+    lanes: int = 0  # completions of a prompt sampled at one time, one after another; 0: all
     epochs: float = 1.0
     max_steps: int = 0
     sampling: Sampling = field(default_factory=Sampling)
@@ -208,7 +215,8 @@ class Export:
     """Hugging Face folders of finished arms."""
 
     arms: tuple[str, ...] = ()  # (): the last trained one
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of whole models: float32, bfloat16 or float16
+    adapter: bool = True  # with LoRA, ARM-adapter/ too: the adapter alone, in PEFT's form, float32
 
 
 @dataclass

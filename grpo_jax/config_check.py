@@ -14,11 +14,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 from grpo_jax.config import STAGES, Config, did_you_mean
 
 DTYPES = ("float32", "bfloat16")
+POOLING = ("mean", "cls", "max", "weightedmean", "lasttoken", "mean_sqrt_len_tokens")
+LINEARS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "qkv_proj", "gate_up_proj",  # Phi-3
+    "all-linear",
+)  # fmt: skip
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "encoder.dtype": DTYPES,
+    "encoder.pooling": ("", *POOLING),
     "data.on_bad_row": ("error", "skip"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.moment_dtype": DTYPES,
@@ -28,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "grpo.advantage": ("group", "rloo", "gdpo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "reward.anchor": ("target", "source"),
-    "export.dtype": DTYPES,
+    "export.dtype": (*DTYPES, "float16"),
 }
 
 # Intervals in the usual notation; None is left alone where the field is optional. Names that start
@@ -216,6 +223,11 @@ def _run_problems(cfg: Config) -> list[str]:
         if arm not in trained:
             near = did_you_mean(arm, trained)
             problems.append(f"export.arms: got {arm!r}, wanted some of {', '.join(trained)}{near}")
+    if cfg.encoder.prompt_name and cfg.encoder.prompt is not None:
+        problems.append(
+            f"encoder.prompt: got {cfg.encoder.prompt!r} beside encoder.prompt_name = "
+            f"{cfg.encoder.prompt_name!r}, wanted one of the two"
+        )
     if cfg.encoder.judge and cfg.encoder.judge == cfg.encoder.path:
         problems.append(
             f"encoder.judge: got {cfg.encoder.judge!r}, which is encoder.path; wanted another "
@@ -263,7 +275,7 @@ def _data_problems(cfg: Config) -> list[str]:
 
 
 def _learning_problems(cfg: Config) -> list[str]:
-    grpo, lora, problems = cfg.grpo, cfg.model.lora, []
+    grpo, problems = cfg.grpo, _lora_problems(cfg)
     parts = grpo.num_minibatches * grpo.gradient_accumulation_steps
     if parts > 0 and grpo.prompts_per_step % parts:
         problems.append(
@@ -282,18 +294,30 @@ def _learning_problems(cfg: Config) -> list[str]:
         problems.append(
             f"grpo.delta: got {grpo.delta}, wanted more than 1 + epsilon_high = {1 + high}"
         )
-    linears = type(lora)().targets
-    for target in lora.targets if lora.rank else ():
-        if target not in linears:
-            near = did_you_mean(target, linears)
-            problems.append(
-                f"model.lora.targets: got {target!r}, wanted some of {', '.join(linears)}{near}"
-            )
-    if lora.rank and not lora.targets:
-        problems.append(f"model.lora.targets: got none, wanted some of {', '.join(linears)}")
     if "grpo" in cfg.stages and cfg.reward.semantic_weight + cfg.reward.language_weight <= 0:
         problems.append(
             "reward.semantic_weight and reward.language_weight: got 0 for both, so nothing is "
             "rewarded; wanted at least one above 0"
+        )
+    return problems
+
+
+def _lora_problems(cfg: Config) -> list[str]:
+    lora, problems = cfg.model.lora, []
+    linears = ", ".join(LINEARS)
+    for target in lora.targets if lora.rank else ():
+        if target not in LINEARS:
+            near = did_you_mean(target, LINEARS)
+            problems.append(f"model.lora.targets: got {target!r}, wanted some of {linears}{near}")
+    if lora.rank and not lora.targets:
+        problems.append(f"model.lora.targets: got none, wanted some of {linears}")
+    if "all-linear" in lora.targets and len(lora.targets) > 1:
+        problems.append(
+            "model.lora.targets: got all-linear and other names; wanted one or the other"
+        )
+    if lora.path and not lora.rank:
+        problems.append(
+            "model.lora.path: an adapter to start from needs model.lora.rank and alpha as in its "
+            "adapter_config.json; set them, or merge the adapter into the model first"
         )
     return problems

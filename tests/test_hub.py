@@ -15,7 +15,7 @@ from grpo_jax import hub
 from grpo_jax.hub import decoder as hub_decoder
 from grpo_jax.hub.decoder_config import decoder_config
 from grpo_jax.hub.names import decoder_table
-from grpo_jax.hub.weights import unstack, write_safetensors
+from grpo_jax.hub.writing import unstack, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,7 +83,8 @@ def test_export_and_import_are_the_identity(
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["architectures"] == [f"{kind.capitalize()}ForCausalLM"]
+    assert config["architectures"] == ["AnyForCausalLM"]  # as it came
+    assert config["model_type"] == kind and config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
@@ -108,7 +109,7 @@ def test_export_takes_jax_arrays(llama: hub.Policy, tmp_path: Path) -> None:
 
 
 def test_shards(llama: hub.Policy, llama_folder: Path) -> None:
-    tensors = unstack(llama.params, decoder_table(llama.config), None)
+    tensors = unstack(llama.params, decoder_table(llama.config))
     (llama_folder / "model.safetensors").unlink()
     write_safetensors(llama_folder, tensors, shard_bytes=40_000)
     shards = sorted(llama_folder.glob("model-*.safetensors"))

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from grpo_jax.config import GRPO, Lora, Optimizer, Sampling
 from grpo_jax.learn.advantages import advantages
-from grpo_jax.learn.objectives import build_grpo_loss
+from grpo_jax.learn.objectives import build_grpo_loss, tokens_of
 from grpo_jax.learn.optimizer import build_optimizer, build_schedule
 from grpo_jax.learn.step import build_logps, build_update, init_state
 from grpo_jax.rollout.sampler import build_sampler
@@ -133,8 +133,8 @@ def test_the_gradient_is_that_of_the_loss(tiny, tiny_params, batch, step):
         kernel = params["lm_head"]["kernel"]
         logps, entropy = direct_logps(hidden, kernel, batch.ids, TEMPERATURE)
         weights = jnp.asarray(batch.mask / batch.mask.sum(), jnp.float32)
-        loss_fn = build_grpo_loss(GRPO(beta=0.1), on_policy=False)
-        return loss_fn(logps, entropy, batch, weights, weights)[0]
+        loss_fn = build_grpo_loss(GRPO(beta=0.1), on_policy=False).fn
+        return loss_fn(logps, entropy, tokens_of(batch, weights, weights))[0]
 
     loss, wanted = jax.value_and_grad(value)(tiny_params)
     assert stats["loss"] == pytest.approx(float(loss), rel=1e-4)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from grpo_jax.config import GRPO
 from grpo_jax.learn import logps as head_lib
-from grpo_jax.learn.logps import forward_kl, token_logps
+from grpo_jax.learn.logps import forward_kl, loss_of_tokens, token_logps
+from grpo_jax.learn.objectives import Tokens, build_grpo_loss, build_sft_loss
 
 
 def head_inputs(lead: tuple[int, ...], width: int = 8, vocab: int = 50):
@@ -51,14 +54,52 @@ def test_chunked_head_equals_the_unchunked(monkeypatch, lead):
     assert not np.any(blind)  # entropy is a metric
 
 
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
+    """Loss, metrics and both gradients, over chunks the last of which is not full."""
+    monkeypatch.setattr(head_lib, "LOGITS", 16 * 50)
+    hidden, kernel, targets = head_inputs((2, 3, 7))
+    rng = np.random.default_rng(1)
+    near = token_logps(hidden, kernel, targets, 0.7, cap)[0]
+    mask = jnp.asarray(rng.random(targets.shape) < 0.8)
+
+    def close(scale):
+        return near + scale * jnp.asarray(rng.normal(size=targets.shape), jnp.float32)
+
+    advantages = jnp.asarray(rng.normal(size=targets.shape), jnp.float32)
+    shares = mask / mask.sum()
+    tokens = Tokens(mask, shares * 2, shares, advantages, close(0.2), close(0.5))
+    loss_fn = build_grpo_loss(GRPO(beta=0.3, delta=1.2), on_policy=False).fn
+
+    def one_pass(hidden, kernel):
+        loss, stats = loss_of_tokens(hidden, kernel, targets, tokens, loss_fn, 0.7, cap)
+        return 3.0 * loss, stats
+
+    def two_passes(hidden, kernel):
+        loss, stats = loss_fn(*token_logps(hidden, kernel, targets, 0.7, cap), tokens)
+        return 3.0 * loss, stats
+
+    (got, wanted) = (
+        jax.value_and_grad(fn, (0, 1), has_aux=True)(hidden, kernel)
+        for fn in (one_pass, two_passes)
+    )
+    assert wanted[0][1].means["clip_ratio/region"] > 0.05
+    chex.assert_trees_all_close(got, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("vocab", [60, 240])
-def test_logits_of_all_tokens_never_exist(monkeypatch, vocab):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_logits_of_all_tokens_never_exist(monkeypatch, vocab, passes):
     """No array of the gradient's program, loops included, grows with tokens x vocabulary."""
     monkeypatch.setattr(head_lib, "LOGITS", 500 * 60)
     hidden, kernel, targets = head_inputs((4, 300), vocab=vocab)
 
     def loss(hidden, kernel):
-        return token_logps(hidden, kernel, targets)[0].sum()
+        if passes == 2:
+            return token_logps(hidden, kernel, targets)[0].sum()
+        ones = jnp.ones(targets.shape)
+        tokens = Tokens(ones > 0, ones, ones, ones)
+        return loss_of_tokens(hidden, kernel, targets, tokens, build_sft_loss().fn)[0]
 
     def sizes(jaxpr):
         for equation in jaxpr.eqns:

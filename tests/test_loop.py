@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from golden import make_adapter
 from safetensors.numpy import load_file
 
 from grpo_jax import hub, main
@@ -105,11 +106,41 @@ def test_the_export_is_the_trained_model(base: Path) -> None:
         workdir = Workdir.open(folder, cfg)
         run = run_lib.open_run(cfg, workdir)
         trained = run_lib.load_params(run, "grpo")
+        base_params = jax.device_get(run_lib.load_params(run, "base"))
         workdir.close()
     policy = hub.load_decoder(folder / "export" / "grpo")
     jax.tree.map(np.testing.assert_array_equal, policy.params, jax.device_get(trained))
-    moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), policy.params, run.base.params)
+    moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), policy.params, base_params)
     assert min(jax.tree.leaves(moved)) > 1e-4  # every leaf learns
+
+
+def test_the_adapter_alone_is_what_the_stages_added(base: Path) -> None:
+    folder = whole.finished(base, "lora")
+    start = hub.load_decoder(base / "cache" / "assets" / "tiny-decoder-v1")
+    adapter = hub.load_adapter(start, folder / "export" / "grpo-adapter")
+    assert (adapter.rank, adapter.alpha, adapter.dropout) == (8, 16.0, 0.1)  # of two stages
+    ours = make_adapter.merged(start, adapter).params
+    theirs = hub.load_decoder(folder / "export" / "grpo").params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), ours, theirs)
+    card = (folder / "export" / "grpo-adapter" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card and "this adapter, rank 8, is sft + grpo" in card
+
+
+def test_a_run_can_start_from_an_adapter(base: Path) -> None:
+    given = whole.finished(base, "lora") / "export" / "sft-adapter"
+    cfg = whole.lora_config()
+    cfg.stages, cfg.export.arms = ("sft", "export"), ("sft",)
+    cfg.model.lora.path = str(given)
+    cfg.sft.max_steps, cfg.sft.optimizer.learning_rate = 1, 1e-9
+    with whole.machine(base):
+        main.train(cfg, str(base / "started"))
+    before, after = (
+        load_file(f / "adapter_model.safetensors")
+        for f in (given, base / "started" / "export" / "sft-adapter")
+    )
+    for name, tensor in before.items():
+        np.testing.assert_allclose(after[name], tensor, atol=1e-8)
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
 
 
 # Resuming

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from grpo_jax.config import Lora
-from grpo_jax.learn.objectives import sft_loss
+from grpo_jax.learn.objectives import build_sft_loss
 from grpo_jax.learn.step import build_update, init_state, policy_variables
 from grpo_jax.models import lora
 from grpo_jax.structs import TrainBatch
@@ -54,7 +54,7 @@ def predict(tiny):
 @pytest.fixture(scope="module")
 def update(tiny):
     """Plain gradient descent at rate 1: the change of a parameter is minus its gradient."""
-    return build_update(tiny, optax.sgd(1.0), sft_loss, CFG)
+    return build_update(tiny, optax.sgd(1.0), build_sft_loss(), CFG)
 
 
 def test_a_fresh_adapter_is_the_identity(tiny_params, fresh, batch, predict):
@@ -90,6 +90,15 @@ def test_targets_choose_the_layers_and_unknown_ones_are_named(tiny_params):
         lora.init(jax.random.key(0), tiny_params, Lora(rank=1, targets=("c_attn", "v_proj")))
 
 
+def test_all_linear_takes_whatever_the_layers_have():
+    kernel = jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
+    params = {"layers": {"self_attn": {"qkv_proj": {"kernel": kernel}}, "norm": {"scale": kernel}}}
+    found = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, Lora(rank=3)), params)
+    shapes = jax.tree.map(lambda x: x.shape, found, is_leaf=lambda x: hasattr(x, "shape"))
+    leaf = {"lora_a": (2, 8, 3), "lora_b": (2, 3, 6)}
+    assert shapes == {"layers": {"self_attn": {"qkv_proj": leaf}}}
+
+
 def test_merged_equals_unmerged(tiny_params, used, batch, predict):
     variables = policy_variables(used, tiny_params, CFG)
     unmerged = np.asarray(predict(variables, batch))
@@ -120,7 +129,7 @@ def test_an_update_is_the_projected_full_gradient_and_leaves_the_base(
     jax.tree.map(np.testing.assert_array_equal, tiny_params, before)
 
     merged = lora.merge(tiny_params, lora.scaled(used, CFG))
-    full = build_update(tiny, optax.sgd(1.0), sft_loss, Lora())
+    full = build_update(tiny, optax.sgd(1.0), build_sft_loss(), Lora())
     moved, _ = full(
         init_state(jax.tree.map(jnp.copy, merged), optax.sgd(1.0)), None, batch, jax.random.key(0)
     )

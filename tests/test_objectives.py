@@ -15,7 +15,13 @@ from hypothesis.extra import numpy as hnp
 
 from grpo_jax.config import GRPO
 from grpo_jax.learn.advantages import advantages
-from grpo_jax.learn.objectives import build_grpo_loss, kl_estimate, sft_loss, token_weights
+from grpo_jax.learn.objectives import (
+    build_grpo_loss,
+    build_sft_loss,
+    kl_estimate,
+    token_weights,
+    tokens_of,
+)
 from grpo_jax.structs import TrainBatch
 
 with np.load(Path(__file__).parent / "golden" / "learn.npz") as file:
@@ -44,7 +50,7 @@ def evaluate(case: dict, logps: np.ndarray, batch: TrainBatch):
     """
     case = dict(case)
     parts, on_policy = case.pop("micro_batches", 1), case.pop("on_policy", False)
-    loss_fn = build_grpo_loss(GRPO(**{"beta": 0.0, **case}), on_policy)
+    loss_fn = build_grpo_loss(GRPO(**{"beta": 0.0, **case}), on_policy).fn
 
     def split(x: np.ndarray) -> jax.Array:
         return jnp.stack([jnp.asarray(x[i::parts]) for i in range(parts)])
@@ -57,7 +63,7 @@ def evaluate(case: dict, logps: np.ndarray, batch: TrainBatch):
         loss, means = 0.0, []
         for i in range(parts):
             micro = jax.tree.map(lambda x, i=i: x[i], batches)
-            value, stats = loss_fn(logps[i], logps[i] * 0, micro, weights[i], mean[i])
+            value, stats = loss_fn(logps[i], logps[i] * 0, tokens_of(micro, weights[i], mean[i]))
             loss += value
             means.append(stats.means)
         return loss, jax.tree.map(lambda *x: sum(x), *means)
@@ -125,10 +131,13 @@ def test_padding_the_completions_changes_no_weight():
 
 def test_sft_loss_is_the_mean_cross_entropy():
     mask = GOLDEN["mask"][:, :1]
-    batch = golden_batch()._replace(mask=mask, advantages=None, old_logps=None, ref_logps=None)
+    batch = golden_batch()._replace(
+        mask=mask, advantages=np.ones((len(mask), 1), np.float32), old_logps=None, ref_logps=None
+    )
     weights = token_weights(jnp.asarray(mask)[None], "dapo", 1)[0]
     logps = GOLDEN["logps"][:, :1]
-    loss, stats = sft_loss(logps, jnp.ones(mask.shape), batch, weights, weights)
+    tokens = tokens_of(batch, weights, weights)
+    loss, stats = build_sft_loss().fn(logps, jnp.ones(mask.shape), tokens)
     assert float(loss) == pytest.approx(-logps[mask].mean(), rel=1e-6)
     assert float(stats.means["entropy"]) == pytest.approx(1.0)
 
@@ -188,8 +197,8 @@ def test_bias_correction_gives_the_gradient_of_the_kl(kind):
                 old_logps=None,
             )
             cfg = GRPO(beta=1.0, kl_estimator=kind, kl_bias_correction=corrected)
-            fn = build_grpo_loss(cfg, on_policy=True)
-            return fn(logps, logps * 0, batch, weights[None, None], weights[None, None])[0]
+            tokens = tokens_of(batch, weights[None, None], weights[None, None])
+            return build_grpo_loss(cfg, on_policy=True).fn(logps, logps * 0, tokens)[0]
 
         return jax.grad(estimate)(scores)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo_jax import config
 from grpo_jax.rewards import Scorer, calibrate_tau, terms, within_group_stats
-from grpo_jax.structs import Rewards, Row
+from grpo_jax.structs import Rewards, Rollout, Row
 from grpo_jax.text.measures import is_empty, repeated_share, sanitise
 from grpo_jax.text.scripts import units
 
@@ -154,6 +156,41 @@ def test_equal_completions_are_encoded_once() -> None:
     one = scorer()
     one.score([TEXT] * 4, prompts(TEXT), tau=0.1)
     assert one.encoder.seen.count(TEXT) == 2  # one completion, one anchor
+
+
+class TokenEncoder(WordEncoder):
+    """Reads bytes as tokens, and spells a text in lower case: other letters go through text."""
+
+    def shares_tokenizer(self, folder: Path) -> bool:
+        return folder.name == "mine"
+
+    def embed_ids(self, ids: np.ndarray, lengths: np.ndarray) -> Callable[[], np.ndarray]:
+        rows = zip(np.asarray(ids), lengths, strict=True)
+        texts = [bytes(row[:n].tolist()).decode().lower() for row, n in rows]
+        return lambda: WordEncoder().embed(texts)
+
+    def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        rows = zip(texts, np.asarray(ids), lengths, strict=True)
+        return np.array([text.lower() == bytes(row[:n].tolist()).decode() for text, row, n in rows])
+
+
+def test_token_ids_score_as_their_texts_do() -> None:
+    texts = ["a red fox", "A Red Fox", "", "a red fox and more"]  # the last one was cut off
+    ids, mask = np.zeros((2, 2, 20), np.int32), np.zeros((2, 2, 20), bool)
+    ended = np.array([[True, True], [True, False]])
+    for i, text in enumerate(texts):
+        row = [*text.encode(), *([258] if ended.flat[i] else [])]
+        ids.reshape(4, -1)[i, : len(row)], mask.reshape(4, -1)[i, : len(row)] = row, True
+    rollout = Rollout(ids, mask, np.zeros(ids.shape, np.float32), ended)
+    one = Scorer(TokenEncoder(), english, config.Reward())
+    batch = prompts("a red fox", "a blue whale")
+    wanted = one.score(texts, batch, tau=0.1)
+    one.encoder.seen.clear()
+    got = one.score(texts, batch, 0.1, rollout)
+    np.testing.assert_allclose(got.total, wanted.total, atol=1e-6)
+    assert one.encoder.seen == ["A Red Fox"]  # the only one that went through text
+    assert one.reads_tokens(Path("mine")) and not one.reads_tokens(Path("other"))
+    assert not scorer().reads_tokens(Path("mine"))
 
 
 def test_anchor_source_needs_no_target() -> None:

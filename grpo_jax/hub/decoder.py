@@ -1,7 +1,8 @@
 """Causal language models: a Hugging Face folder -> Policy -> a Hugging Face folder.
 
 In: a folder with config.json, safetensors and a tokenizer. Out: parameters that train, and a small
-object for library use. What is saved loads in transformers and vLLM unchanged.
+object for library use. What is saved loads in transformers and vLLM unchanged: it keeps the
+config.json and generation_config.json of the folder that was loaded.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Sampling
-from grpo_jax.hub.decoder_config import decoder_config, decoder_json
-from grpo_jax.hub.folder import atomic_folder, find_folder
+from grpo_jax.hub.decoder_config import decoder_config, export_json
+from grpo_jax.hub.folder import atomic_folder, find_folder, read_json
 from grpo_jax.hub.names import decoder_ignored, decoder_table
-from grpo_jax.hub.weights import (
-    numpy_dtype,
-    read_params,
-    unstack,
-    weight_files,
-    write_safetensors,
-)
+from grpo_jax.hub.tensors import numpy_dtype
+from grpo_jax.hub.weights import Placement, Weights, open_weights, weight_files
+from grpo_jax.hub.writing import unstack, write_safetensors
 from grpo_jax.models.decoder import Decoder, DecoderConfig, logits
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.structs import Array, Rollout
@@ -44,10 +41,14 @@ class Policy:
     """A language model with its tokenizer. To carry trained parameters, dataclasses.replace it."""
 
     config: DecoderConfig
-    params: dict  # nested dict of arrays, see models.decoder
+    params: dict  # nested dict of arrays, see models.decoder; of open_decoder: their shapes
     tokenizer: Tokenizer
     model: Decoder
     folder: Path  # where it was loaded from
+    source: str  # the same as it was asked for: a folder, a hub id or asset:NAME
+    weights: Weights  # the folder's, which can be read again
+    config_json: dict[str, Any]  # what an export's config.json is made of
+    generation_json: dict[str, Any]  # the folder's generation_config.json
 
     def logits(self, ids: Array) -> jax.Array:
         """Next-token scores of whole sequences.
@@ -127,13 +128,15 @@ class Policy:
 
     @functools.cached_property
     def _on_device(self) -> dict:
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(f"{self.source}: opened without its weights; use load_decoder")
         return jax.tree.map(jnp.asarray, self.params)
 
     @functools.cached_property
     def _forward(self) -> Callable[..., jax.Array]:
         def forward(params: dict, ids: Array, lengths: Array) -> jax.Array:
             hidden = cast(jax.Array, self.model.apply({"params": params}, ids, lengths))
-            return logits(params, hidden)
+            return logits(self.config, params, hidden)
 
         return jax.jit(forward)
 
@@ -162,33 +165,81 @@ def _pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray
     return ids, np.asarray([len(row) for row in rows], np.int32)
 
 
-def load_decoder(
+def open_decoder(
     path: str | os.PathLike, dtype: str = "float32", param_dtype: str = "float32"
 ) -> Policy:
-    """Load a causal language model of the llama, Qwen2 or Qwen3 family.
+    """`load_decoder` without reading the weights: everything is checked, `params` holds shapes.
 
-    Args:
-      path: a Hugging Face folder, `asset:NAME`, or a hub id.
-      dtype: of activations and matrix products, float32 or bfloat16.
-      param_dtype: of the parameters, float32 or bfloat16.
-
-    Returns:
-      A Policy with parameters as NumPy arrays on the host.
-
-    Raises:
-      FileNotFoundError: the folder or one of its files is missing.
-      ValueError: anything in it that would not compute as its authors meant, all listed at once.
+    `policy.weights.read(placement)` reads the parameters, anew at each call.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r}: activations are float32 or bfloat16")
     folder = find_folder(path)
     config = decoder_config(folder)
     files = weight_files(folder)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(folder, tokenizer.vocab_size, config.vocab_size)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    params = read_params(
-        files, decoder_table(config), param_dtype, decoder_ignored(config), aliases=tied
+    composite = "text_config" in read_json(folder / "config.json")
+    weights = open_weights(
+        files,
+        decoder_table(config),
+        param_dtype,
+        decoder_ignored(config),
+        aliases=tied,
+        rename=_language_model if composite else None,
     )
-    return Policy(config, params, tokenizer, Decoder(config, dtype=numpy_dtype(dtype)), folder)
+    if weights.unused:
+        log.info("%s: %d tensors are not of the language model", folder, len(weights.unused))
+    return Policy(
+        config=config,
+        params=weights.shapes(),
+        tokenizer=tokenizer,
+        model=Decoder(config, dtype=numpy_dtype(dtype)),
+        folder=folder,
+        source=os.fspath(path),
+        weights=weights,
+        config_json=export_json(folder),
+        generation_json=read_json(folder / "generation_config.json", {}),
+    )
+
+
+def load_decoder(
+    path: str | os.PathLike,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    placement: Placement | None = None,
+) -> Policy:
+    """Load a causal language model of one of hub.decoder_config's families.
+
+    Args:
+      path: a Hugging Face folder, `asset:NAME`, or a hub id, NAME/NAME or NAME/NAME@REVISION.
+      dtype: of activations and matrix products, float32 or bfloat16.
+      param_dtype: of the parameters, float32, bfloat16 or float16.
+      placement: (path, shape) of a parameter -> its jax sharding; each is read straight to there.
+
+    Returns:
+      A Policy with parameters as jax arrays, or, without placement, as NumPy arrays on the host.
+
+    Raises:
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: anything in it that would not compute as its authors meant, all listed at once.
+    """
+    policy = open_decoder(path, dtype, param_dtype)
+    return dataclasses.replace(policy, params=policy.weights.read(placement))
+
+
+def _language_model(name: str) -> str | None:
+    """A tensor's name in a model with images, as the language model alone has it; None: not its."""
+    for outer, inner in (
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(outer):
+            return inner + name.removeprefix(outer)
+    parts = name.removeprefix("model.").split(".")
+    return None if parts[0] in ("vision_tower", "multi_modal_projector") else name
 
 
 def check_vocabulary(folder: Path, tokenizer_size: int, embedding_size: int) -> None:
@@ -209,23 +260,35 @@ def save_decoder(
       policy: parameters must be whole on this process (LoRA merged, shards gathered).
       folder: where to; a model folder that is there is replaced.
       card: the README.md.
-      dtype: of the weights, float32 or bfloat16; None keeps the parameters' own.
+      dtype: of the weights, float32, bfloat16 or float16; None keeps the parameters' own.
 
     Raises:
-      ValueError: parameters that do not fit the config, or a folder that is not a model's.
+      ValueError: parameters that do not fit the config, a number that float16 cannot hold, or a
+        folder that is not a model's.
       OSError: the disk is full or not writable; what was there before still is.
     """
-    tensors = unstack(policy.params, decoder_table(policy.config), dtype)
-    kinds = {str(tensor.dtype) for tensor in tensors.values()}
-    special = policy.tokenizer.special_ids()
-    config = decoder_json(policy.config) | special
+    tensors = unstack(policy.params, decoder_table(policy.config))
+    kinds = {str(tensor.dtype) for tensor in tensors.values()} if dtype is None else {dtype}
+    config = {k: v for k, v in policy.config_json.items() if k != "torch_dtype"}
+    config |= policy.tokenizer.special_ids()
     config["dtype"] = "float32" if len(kinds) > 1 else kinds.pop()
     with atomic_folder(Path(folder)) as out:
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (out / "generation_config.json").write_text(
-            json.dumps(special, indent=2) + "\n", encoding="utf-8"
-        )
-        policy.tokenizer.save(out)
-        write_safetensors(out, tensors)
-        title = f"# {Path(folder).name}\n\nTrained with grpo_jax from {policy.folder.name}.\n"
-        (out / "README.md").write_text(card or title, encoding="utf-8")
+        _write_json(out / "config.json", config)
+        save_companions(policy, out, card or _card(policy, Path(folder)))
+        write_safetensors(out, tensors, dtype)
+
+
+def save_companions(policy: Policy, out: Path, card: str) -> None:
+    """Write what goes with weights and adapters alike: tokenizer, generation settings, README."""
+    generation = policy.generation_json | policy.tokenizer.special_ids()
+    _write_json(out / "generation_config.json", generation)
+    policy.tokenizer.save(out)
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card(policy: Policy, folder: Path) -> str:
+    return f"# {folder.name}\n\nTrained with grpo_jax from {policy.folder.name}.\n"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,13 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?")
 # What a model may consist of; pickles and remote code are never fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_IGNORED = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # the same weights once more
 
 
 def find_folder(path: str | os.PathLike) -> Path:
-    """The local folder of `path`: a folder, `asset:NAME`, or a hub id such as `Qwen/Qwen3-4B`.
+    """The local folder of `path`: a folder, `asset:NAME`, a hub id, or a .gguf file.
+
+    A .gguf file is converted once, into the cache. A hub id is NAME/NAME, such as `Qwen/Qwen3-4B`,
+    or NAME/NAME@REVISION with a branch, tag or commit of it.
 
     Raises:
       FileNotFoundError: neither a folder nor something that can be fetched.
@@ -30,23 +34,38 @@ def find_folder(path: str | os.PathLike) -> Path:
     folder = Path(resolve(os.fspath(path))).expanduser()
     if folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(os.fspath(path)):
+    if folder.suffix == ".gguf" and folder.is_file():
+        from grpo_jax.hub.gguf import cached_gguf
+
+        return cached_gguf(folder)
+    name, revision = split_hub_id(os.fspath(path))
+    if not name:
         raise FileNotFoundError(
-            f"{path}: no such model folder, and not a hub id (NAME/NAME) or asset (asset:NAME)"
+            f"{path}: no such model folder, and not a hub id (NAME/NAME or NAME/NAME@REVISION) or "
+            "asset (asset:NAME)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        ignored = ["onnx/*", "openvino/*", "original/*"]
-        return Path(snapshot_download(str(path), allow_patterns=_PATTERNS, ignore_patterns=ignored))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"{path}: no such local folder, and the Hugging Face hub did not give it ({reason}); "
-            "check the name and the network, log in for gated models, or download it elsewhere "
-            "and give the folder"
+            "check the name and the network, log in for gated models (hf auth login), or download "
+            f"it elsewhere (hf download {name} --local-dir FOLDER) and give FOLDER instead"
         ) from error
+
+
+def split_hub_id(path: str) -> tuple[str, str | None]:
+    """NAME/NAME@REVISION -> name and revision, None for the default one; ("", None) if not one."""
+    match = _HUB_ID.fullmatch(path)
+    return (match[1], match[2]) if match else ("", None)
 
 
 def read_json(path: Path, default: dict | None = None) -> Any:
@@ -95,4 +114,5 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _replaceable(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or not any(folder.iterdir())
+    names = ("config.json", "adapter_config.json")
+    return any((folder / name).is_file() for name in names) or not any(folder.iterdir())

@@ -18,7 +18,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 
 
 def decoder_table(config: DecoderConfig) -> dict[str, Slot]:
-    """Tensor name of LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM -> slot."""
+    """Tensor name of the family's class in transformers (LlamaForCausalLM, ...) -> slot."""
     return _table(_shapes(Decoder(config)), "model.layers", "model.", outside=("lm_head",))
 
 
@@ -27,24 +27,63 @@ def decoder_ignored(config: DecoderConfig) -> set[str]:
     return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
 
 
-def encoder_table(config: EncoderConfig) -> dict[str, Slot]:
-    """Tensor name of BertModel -> slot."""
-    return _table(_shapes(Encoder(config)), "encoder.layer", "")
+def encoder_table(kind: str, config: EncoderConfig | DecoderConfig) -> dict[str, Slot]:
+    """Tensor name of BertModel, RobertaModel, XLMRobertaModel, MPNetModel, Qwen3Model -> slot.
+
+    Names are without the prefix that a whole pre-training model puts before them.
+
+    Args:
+      kind: the model_type.
+      config: what hub.encoder_config read.
+    """
+    if isinstance(config, DecoderConfig):
+        return {name.removeprefix("model."): slot for name, slot in decoder_table(config).items()}
+    table = _table(_shapes(Encoder(config)), "encoder.layer", "")
+    return {_mpnet(name): slot for name, slot in table.items()} if kind == "mpnet" else table
 
 
-def encoder_ignored() -> set[str]:
+def encoder_prefix(kind: str) -> str:
+    """What a whole pre-training model puts before the names of its encoder."""
+    return {"bert": "bert.", "mpnet": "mpnet."}.get(
+        kind, "roberta." if kind.endswith("roberta") else "model."
+    )
+
+
+def encoder_ignored(kind: str, config: EncoderConfig | DecoderConfig) -> set[str]:
     """Position numbers, the pooler and the pre-training heads: sentence encoders use none."""
-    parts = ("decoder", "transform.dense", "transform.LayerNorm")
-    heads = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
-    return {
-        "embeddings.position_ids",
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-        "cls.seq_relationship.weight",
-        "cls.seq_relationship.bias",
-        "cls.predictions.bias",
-        *(f"cls.predictions.{name}" for name in heads),
+    if isinstance(config, DecoderConfig):
+        return {name.removeprefix("model.") for name in decoder_ignored(config)} | {
+            "lm_head.weight"
+        }
+    parts = {
+        "bert": [f"cls.predictions.{part}" for part in ("transform.dense", "transform.LayerNorm")]
+        + ["cls.predictions.decoder", "cls.predictions", "cls.seq_relationship"]
+    }.get(kind, ["lm_head", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"])
+    numbers = {"embeddings.position_ids", "embeddings.token_type_ids"}
+    return numbers | {
+        f"{p}.{leaf}" for p in (*parts, "pooler.dense") for leaf in ("weight", "bias")
     }
+
+
+def current_norms(name: str) -> str:
+    """Today's name of a layer norm's tensor, which checkpoints of TensorFlow's days call gamma."""
+    if name.endswith("LayerNorm.gamma"):
+        return name.removesuffix("gamma") + "weight"
+    return name.removesuffix("beta") + "bias" if name.endswith("LayerNorm.beta") else name
+
+
+def _mpnet(name: str) -> str:
+    """MPNet's word for a tensor of BERT's."""
+    for ours, theirs in (
+        ("attention.self.query", "attention.attn.q"),
+        ("attention.self.key", "attention.attn.k"),
+        ("attention.self.value", "attention.attn.v"),
+        ("attention.output.dense", "attention.attn.o"),
+        ("attention.output.LayerNorm", "attention.LayerNorm"),
+        ("relative_attention_bias", "encoder.relative_attention_bias"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _shapes(model: Decoder | Encoder) -> dict:

@@ -1,57 +1,63 @@
 """safetensors <-> stacked parameters, strictly: every tensor is accounted for or nothing is read.
 
 In: a folder with model.safetensors, or shards with model.safetensors.index.json, and a name table.
-Out: a nested dict of NumPy arrays. A table maps a Hugging Face tensor name to a `Slot`: where in
-the parameters it goes. Only safetensors is read, never pickle.
+Out: a nested dict of arrays, in host memory or straight in their places on the devices. A table
+maps a Hugging Face tensor name to a `Slot`, its place in the parameters. Only safetensors is read,
+never pickle.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import functools
 import json
-from collections.abc import Collection, Mapping
+import math
+import mmap
+import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.place import Index, place
+from grpo_jax.hub.tensors import INDEX, SINGLE, Slot, numpy_dtype
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16", "F64")
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
-
-class Slot(NamedTuple):
-    """Where one tensor goes: params[path][layer], or params[path] if layer is None."""
-
-    path: tuple[str, ...]
-    layer: int | None
-    transpose: bool  # Hugging Face stores a linear's weight as [out, in]
-    shape: tuple[int, ...]  # as Hugging Face has it
+# (path, shape) of a leaf -> where it lies.
+Placement = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
 
 class _Stored(NamedTuple):
-    """A tensor in an open file, read when asked for."""
+    """A tensor in a file, read when asked for."""
 
-    handle: Any
-    key: str
+    file: Path
+    size: int  # of the file
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # its bytes in the file
+    stop: int
 
-    def array(self) -> np.ndarray:
-        return self.handle.get_tensor(self.key)
+    def view(self, memory: mmap.mmap) -> np.ndarray:
+        """The tensor in the mapped file; nothing may keep it."""
+        dtype = _FLOATS[self.dtype]
+        flat = np.frombuffer(memory, dtype, math.prod(self.shape), self.start)
+        return flat.reshape(self.shape)
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of "float32" or "bfloat16".
+class _Leaf(NamedTuple):
+    """One array of the parameters and the tensors that it is made of."""
 
-    Raises:
-      ValueError: any other name.
-    """
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r}: use float32 or bfloat16")
-    return np.dtype(np.float32 if name == "float32" else ml_dtypes.bfloat16)
+    names: list[str]  # one a layer; a single one where nothing is stacked
+    slot: Slot  # of the first
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.slot.shape[::-1] if self.slot.transpose else self.slot.shape
+        return shape if self.slot.layer is None else (len(self.names), *shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -59,18 +65,18 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
       FileNotFoundError: none there, or shards missing.
+      ValueError: the index cannot be read, or names files outside the folder.
     """
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
-        names = sorted(set(index.get("weight_map", {}).values()))
+    if (folder / INDEX).is_file():
+        names = sorted(set(_weight_map(folder).values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{folder / _INDEX}: shards outside the folder: {outside}")
+            raise ValueError(f"{folder / INDEX}: shards outside the folder: {outside}")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise FileNotFoundError(f"{folder}: shards missing: {missing or 'all'}; fetch again")
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt")
     )
@@ -79,18 +85,177 @@ def weight_files(folder: Path) -> list[Path]:
         if pickles
         else "is this a Hugging Face model folder?"
     )
-    raise FileNotFoundError(f"{folder}: no {_SINGLE} and no {_INDEX}; {remedy}")
+    raise FileNotFoundError(f"{folder}: no {SINGLE} and no {INDEX}; {remedy}")
 
 
-def _open(stack: contextlib.ExitStack, file: Path) -> Any:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a sharded folder's index."""
+    index = read_json(folder / INDEX)
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError(f"{folder / INDEX}: no weight_map in it; fetch the file again")
+    return found
+
+
+def _tensors(file: Path) -> dict[str, _Stored]:
+    """Name -> tensor, of one file that the safetensors library finds sound."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return stack.enter_context(safe_open(file, framework="np"))
+        with safe_open(file, framework="np"), open(file, "rb") as handle:
+            start = 8 + int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(start - 8))
+            size = os.fstat(handle.fileno()).st_size
     except SafetensorError as error:
         raise ValueError(
             f"{file}: truncated or damaged ({error}); delete it and fetch it again"
         ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(
+            file, size, entry["dtype"], tuple(entry["shape"]),
+            start + entry["data_offsets"][0], start + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+    }  # fmt: skip
+
+
+def _map(file: Path, size: int) -> mmap.mmap:
+    """A file as memory, which goes when nothing refers to it any more."""
+    with open(file, "rb") as handle:
+        if os.fstat(handle.fileno()).st_size != size:
+            raise ValueError(f"{file}: changed since it was opened; start again")
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class Weights:
+    """Files whose tensors are known to be the wanted ones; made by `open_weights`."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, _Stored],
+        table: Mapping[str, Slot],
+        dtype: str,
+        unused: Collection[str],
+    ) -> None:
+        self.unused = tuple(sorted(unused))  # names in the files that no parameter is made of
+        self.dtype = numpy_dtype(dtype)
+        self._stored = {name: stored[name] for name in table}
+        self._leaves: dict[tuple[str, ...], _Leaf] = {}
+        for name, slot in table.items():
+            self._leaves.setdefault(slot.path, _Leaf([], slot)).names.append(name)
+        for path, leaf in self._leaves.items():
+            layers = [table[name].layer for name in leaf.names]
+            assert layers in ([None], list(range(len(layers)))), f"{path}: layers {layers}"
+
+    def shapes(self) -> dict:
+        """The parameters as nested dict of jax.ShapeDtypeStruct."""
+        return _nest(
+            {p: jax.ShapeDtypeStruct(leaf.shape, self.dtype) for p, leaf in self._leaves.items()}
+        )
+
+    def read(self, placement: Placement | None = None) -> dict:
+        """Reads every tensor, anew at each call.
+
+        Args:
+          placement: path and shape of a leaf -> its sharding. Each process reads only what its own
+            devices hold, a piece at a time (`hub.place`). None: NumPy arrays in host memory.
+
+        Returns:
+          Nested dict, layers stacked [L, ...], linears [in, out] (as NumPy: views that are stored
+          transposed). Nothing else refers to the arrays' memory, so they may be donated.
+
+        Raises:
+          ValueError, OSError: a file cannot be read any more.
+        """
+        sizes = {tensor.file: tensor.size for tensor in self._stored.values()}
+        maps = {file: _map(file, size) for file, size in sizes.items()}
+        out: dict[tuple[str, ...], Any] = {}
+        for path, leaf in self._leaves.items():
+            if placement is None:
+                out[path] = self._part(maps, leaf, tuple(slice(0, size) for size in leaf.shape))
+            else:
+                read = functools.partial(self._part, maps, leaf)
+                out[path] = place(read, leaf.shape, self.dtype, placement(path, leaf.shape))
+        return _nest(out)
+
+    def _part(self, maps: Mapping[Path, mmap.mmap], leaf: _Leaf, index: Index) -> np.ndarray:
+        """leaf[index] as a fresh array; a transposed linear is a view of one."""
+        stacked = leaf.slot.layer is not None
+        names = leaf.names[index[0]] if stacked else leaf.names
+        rest = index[1:] if stacked else index
+        rest = rest[::-1] if leaf.slot.transpose else rest
+        tensors = [self._stored[name] for name in names]
+        for tensor in tensors:
+            _read_ahead(maps[tensor.file], tensor, rest[0])
+        out = np.empty((len(names), *(s.stop - s.start for s in rest)), self.dtype)
+        for layer, tensor in enumerate(tensors):
+            out[layer] = tensor.view(maps[tensor.file])[rest]
+        out = out if stacked else out[0]
+        return out.swapaxes(-1, -2) if leaf.slot.transpose else out
+
+
+def _read_ahead(memory: mmap.mmap, tensor: _Stored, rows: slice) -> None:
+    """Asks the system to read a tensor's rows, which else come a few pages at a time."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        row = (tensor.stop - tensor.start) // max(1, tensor.shape[0])
+        first = (tensor.start + rows.start * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        memory.madvise(mmap.MADV_WILLNEED, first, tensor.start + rows.stop * row - first)
+
+
+def open_weights(
+    files: list[Path],
+    table: Mapping[str, Slot],
+    dtype: str,
+    ignored: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    prefix: str = "",
+    rename: Callable[[str], str | None] | None = None,
+) -> Weights:
+    """Checks names, shapes and stored dtypes of all tensors; reads none but copies of aliases.
+
+    Args:
+      files: safetensors files that together hold the table's tensors, each exactly once.
+      table: Hugging Face name -> slot.
+      dtype: of the result: float32, bfloat16 or float16.
+      ignored: names that may be there and carry nothing that we compute with.
+      aliases: names that may be there as an exact copy of another one (tied embeddings).
+      prefix: taken off the files' names where all the table's tensors carry it.
+      rename: a name in the files -> the table's, or None for a tensor that is knowingly left out
+        (a vision tower); those are listed in `Weights.unused`. After `prefix`.
+
+    Raises:
+      ValueError: damaged files; an index that does not fit them; unknown, duplicate, missing,
+        misshapen tensors, all listed.
+    """
+    aliases = aliases or {}
+    stored: dict[str, _Stored] = {}
+    problems: list[str] = []
+    unused: list[str] = []
+    held = {file: _tensors(file) for file in files}
+    for tensors in held.values():
+        for key, tensor in tensors.items():
+            short = key.removeprefix(prefix)
+            name = rename(short) if rename else short
+            if name is None:
+                unused.append(key)
+                continue
+            if name in stored:
+                problems.append(f"duplicate: {name}")
+            stored[name] = tensor
+    problems += _index_problems(held)
+    problems += [f"missing: {name}" for name in table if name not in stored]
+    for name, tensor in stored.items():
+        if name in table:
+            problems += _check(name, tensor, table[name].shape)
+        elif name in aliases and aliases[name] in stored:
+            if not _equal(tensor, stored[aliases[name]]):
+                problems.append(f"{name} differs from {aliases[name]}, to which it is tied")
+        elif name not in ignored:
+            problems.append(f"unknown: {name}")
+    if problems:
+        raise ValueError(_report(files[0].parent, problems))
+    return Weights(stored, table, dtype, unused)
 
 
 def read_params(
@@ -100,56 +265,43 @@ def read_params(
     ignored: Collection[str] = (),
     aliases: Mapping[str, str] | None = None,
     prefix: str = "",
+    rename: Callable[[str], str | None] | None = None,
+    placement: Placement | None = None,
 ) -> dict:
-    """Read and stack every tensor of the table.
+    """`open_weights`, whose arguments and errors these are, and `Weights.read(placement)`."""
+    return open_weights(files, table, dtype, ignored, aliases, prefix, rename).read(placement)
 
-    Args:
-      files: safetensors files that together hold the table's tensors, each exactly once.
-      table: Hugging Face name -> slot.
-      dtype: of the result, float32 or bfloat16.
-      ignored: names that may be there and carry nothing that we compute with.
-      aliases: names that may be there as an exact copy of another one (tied embeddings).
-      prefix: taken off the files' names where all the table's tensors carry it.
 
-    Returns:
-      Nested dict of NumPy arrays, layers stacked [L, ...], linears [in, out].
-
-    Raises:
-      ValueError: damaged files; unknown, duplicate, missing, misshapen tensors, all listed.
-    """
-    aliases = aliases or {}
-    with contextlib.ExitStack() as stack:
-        stored: dict[str, _Stored] = {}
-        problems = []
-        for file in files:
-            handle = _open(stack, file)
-            for key in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                name = key.removeprefix(prefix)
-                if name in stored:
-                    problems.append(f"duplicate: {name}")
-                stored[name] = _Stored(handle, key)
-        problems += [f"missing: {name}" for name in table if name not in stored]
-        for name, tensor in stored.items():
-            if name in table:
-                problems += _check(name, tensor, table[name].shape)
-            elif name in aliases and aliases[name] in stored:
-                if not np.array_equal(tensor.array(), stored[aliases[name]].array()):
-                    problems.append(f"{name} differs from {aliases[name]}, to which it is tied")
-            elif name not in ignored:
-                problems.append(f"unknown: {name}")
-        if problems:
-            raise ValueError(_report(files[0].parent, problems))
-        return _fill(stored, table, numpy_dtype(dtype))
+def _index_problems(held: Mapping[Path, Collection[str]]) -> list[str]:
+    """Where a sharded folder's index and its files say different things."""
+    folder = next(iter(held)).parent
+    if not (folder / INDEX).is_file():
+        return []
+    listed = set(_weight_map(folder).items())
+    if not {name for _, name in listed} & {file.name for file in held}:
+        return []  # other files of the folder than those of the index
+    found = {(key, file.name) for file, keys in held.items() for key in keys}
+    return [
+        *(f"{name} holds {key}, but {INDEX} does not say so" for key, name in found - listed),
+        *(f"{INDEX} says that {name} holds {key}, but it does not" for key, name in listed - found),
+    ]
 
 
 def _check(name: str, tensor: _Stored, shape: tuple[int, ...]) -> list[str]:
-    piece = tensor.handle.get_slice(tensor.key)
-    got = tuple(piece.get_shape())
-    if got != shape:
-        return [f"misshapen: {name} is {list(got)}, the config asks for {list(shape)}"]
-    if piece.get_dtype() not in _FLOATS:
-        return [f"{name} is {piece.get_dtype()}; only {', '.join(_FLOATS)} are read"]
+    if tensor.shape != shape:
+        return [f"misshapen: {name} is {list(tensor.shape)}, the config asks for {list(shape)}"]
+    if tensor.dtype not in _FLOATS:
+        return [f"{name} is {tensor.dtype}; only {', '.join(_FLOATS)} are read"]
     return []
+
+
+def _equal(one: _Stored, other: _Stored) -> bool:
+    """Whether two tensors in files hold the same, a few rows in memory at a time."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= _FLOATS.keys():
+        return False
+    first, second = (tensor.view(_map(tensor.file, tensor.size)) for tensor in (one, other))
+    pieces = [slice(i, i + 4096) for i in range(0, one.shape[0], 4096)]
+    return all(np.array_equal(first[piece], second[piece]) for piece in pieces)
 
 
 def _report(folder: Path, problems: list[str]) -> str:
@@ -161,90 +313,12 @@ def _report(folder: Path, problems: list[str]) -> str:
     )
 
 
-def _fill(stored: Mapping[str, _Stored], table: Mapping[str, Slot], dtype: np.dtype) -> dict:
-    """Allocate the stacked arrays once and copy tensor by tensor, so memory holds one model."""
-    depth: dict[tuple[str, ...], int] = {}
-    for slot in table.values():
-        if slot.layer is not None:
-            depth[slot.path] = max(depth.get(slot.path, 0), slot.layer + 1)
-    params: dict = {}
-    flat: dict[tuple[str, ...], np.ndarray] = {}
-    for name, slot in table.items():
-        if slot.path not in flat:
-            shape = slot.shape[::-1] if slot.transpose else slot.shape
-            flat[slot.path] = np.empty(
-                shape if slot.layer is None else (depth[slot.path], *shape), dtype
-            )
-            node = params
-            for key in slot.path[:-1]:
-                node = node.setdefault(key, {})
-            node[slot.path[-1]] = flat[slot.path]
-        tensor = stored[name].array()
-        target = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
-        target[...] = tensor.T if slot.transpose else tensor
-    return params
-
-
-def unstack(params: Mapping, table: Mapping[str, Slot], dtype: str | None) -> dict[str, np.ndarray]:
-    """The inverse of `read_params`: Hugging Face names -> contiguous arrays [out, in].
-
-    Args:
-      params: nested dict of arrays, NumPy or jax, on one process.
-      table: Hugging Face name -> slot.
-      dtype: float32 or bfloat16; None keeps each array's own.
-
-    Raises:
-      ValueError: the parameters do not fit the table.
-    """
-    tensors = {}
-    fetched: dict[tuple[str, ...], np.ndarray] = {}
-    for name, slot in table.items():
-        if slot.path not in fetched:
-            leaf: Any = params
-            for key in slot.path:
-                leaf = leaf[key]
-            fetched[slot.path] = np.asarray(leaf)
-        value = fetched[slot.path] if slot.layer is None else fetched[slot.path][slot.layer]
-        value = value.T if slot.transpose else value
-        if value.shape != slot.shape:
-            raise ValueError(f"{name}: parameters {value.shape}, the config asks for {slot.shape}")
-        kept = value.dtype if dtype is None else numpy_dtype(dtype)
-        tensors[name] = np.ascontiguousarray(value, kept)
-    return tensors
-
-
-def write_safetensors(
-    folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write model.safetensors, or shards with an index where they would exceed `shard_bytes`."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = np.ascontiguousarray(tensor)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        _save(shards[0], folder / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library does not raise OSError itself
-        kind = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(kind, str(error), str(file)) from error
-    file.chmod(0o644)  # the library makes it private
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict:
+    """{("a", "b"): x} -> {"a": {"b": x}}."""
+    nested: dict = {}
+    for path, value in flat.items():
+        node = nested
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return nested

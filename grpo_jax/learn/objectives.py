@@ -18,14 +18,41 @@ from grpo_jax.structs import Array, TrainBatch
 
 
 class Stats(NamedTuple):
-    """Metrics of a micro-batch: parts of a token mean, to be added up, and maxima."""
+    """Metrics of some tokens: parts of a token mean, to be added up, and maxima, at least 0."""
 
     means: dict[str, jax.Array]  # float32 [] each
     maxima: dict[str, jax.Array]  # float32 [] each
 
 
-# (logps, entropy, batch, weights, token_mean) -> loss and Stats; see `grpo_loss` below.
-LossFn = Callable[[Array, Array, TrainBatch, Array, Array], tuple[jax.Array, Stats]]
+class Tokens(NamedTuple):
+    """What a loss needs to know of each token beside its log-prob; one shape for all."""
+
+    mask: Array  # bool
+    weights: Array  # float32, of `token_weights`
+    shares: Array  # float32, mask / number of tokens in all micro-batches
+    advantages: Array  # float32
+    old_logps: Array | None = None  # float32
+    ref_logps: Array | None = None  # float32
+
+
+# (logps, entropy, tokens) -> the loss of these tokens, float32 [], and their Stats.
+LossFn = Callable[[Array, Array, Tokens], tuple[jax.Array, Stats]]
+
+
+class Loss(NamedTuple):
+    """A loss function, and whether it is a sum of functions of one token each.
+
+    Such a loss may be taken on any part of the tokens, in any shape, and added up.
+    """
+
+    fn: LossFn
+    by_token: bool
+
+
+def tokens_of(batch: TrainBatch, weights: Array, shares: Array) -> Tokens:
+    """A batch's completion tokens, arrays [P, G, T]; weights and shares of `token_weights`."""
+    advantages = jnp.broadcast_to(batch.advantages[..., None], batch.mask.shape)
+    return Tokens(batch.mask, weights, shares, advantages, batch.old_logps, batch.ref_logps)
 
 
 def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Array:
@@ -53,67 +80,65 @@ def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Ar
     return weights / jnp.maximum(weights.sum(), 1.0)  # dapo
 
 
-def sft_loss(
-    logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
-) -> tuple[jax.Array, Stats]:
-    """Cross-entropy of the completion tokens. Arguments as in `grpo_loss`."""
-    means = {"entropy": jnp.sum(entropy * token_mean)}
-    return -jnp.sum(logps * weights), Stats(means, {})
+def build_sft_loss() -> Loss:
+    """Cross-entropy of the completion tokens."""
+
+    def sft_loss(logps: Array, entropy: Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+        means = {"entropy": jnp.sum(entropy * tokens.shares)}
+        return -jnp.sum(logps * tokens.weights), Stats(means, {})
+
+    return Loss(sft_loss, by_token=True)
 
 
-def build_grpo_loss(cfg: GRPO, on_policy: bool) -> LossFn:
-    """The loss function of one configuration; `on_policy` says that each rollout is used once."""
+def build_grpo_loss(cfg: GRPO, on_policy: bool) -> Loss:
+    """The loss of one configuration; `on_policy` says that each rollout is used once."""
 
-    def grpo_loss(
-        logps: Array, entropy: Array, batch: TrainBatch, weights: Array, token_mean: Array
-    ) -> tuple[jax.Array, Stats]:
+    def grpo_loss(logps: Array, entropy: Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         """Clipped surrogate plus beta KL.
 
         Args:
-          logps: float32 [P, G, T], differentiable.
-          entropy: float32 [P, G, T].
-          batch: advantages, mask, old and reference log-probs.
-          weights: float32 [P, G, T] of `token_weights`.
-          token_mean: float32 [P, G, T], mask / number of tokens in all micro-batches.
+          logps: float32 [P, G, T], differentiable; where the loss is `by_token`, of any shape.
+          entropy: float32, same shape.
+          tokens: arrays of that shape.
 
         Returns:
           the loss, float32 [], and its Stats.
         """
-        old = jax.lax.stop_gradient(logps) if on_policy else batch.old_logps
+        old = jax.lax.stop_gradient(logps) if on_policy else tokens.old_logps
         assert old is not None, "off-policy updates need the rollout's log-probs"
-        advantage = batch.advantages[..., None]
-        ratio = importance_ratio(logps, old, batch.mask, cfg.importance_sampling_level)
+        advantage = tokens.advantages
+        ratio = importance_ratio(logps, old, tokens.mask, cfg.importance_sampling_level)
         low = 1.0 - cfg.epsilon
         high = 1.0 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
         bounded = ratio if cfg.delta is None else jnp.minimum(ratio, cfg.delta)
         surrogate = jnp.minimum(bounded * advantage, jnp.clip(ratio, low, high) * advantage)
-        policy_loss = -jnp.sum(surrogate * weights)
+        policy_loss = -jnp.sum(surrogate * tokens.weights)
         loss = policy_loss
 
         too_low = (ratio < low) & (advantage < 0)
         too_high = (ratio > high) & (advantage > 0)
         means = {
-            "entropy": jnp.sum(entropy * token_mean),
-            "clip_ratio/low": jnp.sum(too_low * token_mean),
-            "clip_ratio/high": jnp.sum(too_high * token_mean),
-            "clip_ratio/region": jnp.sum((too_low | too_high) * token_mean),
+            "entropy": jnp.sum(entropy * tokens.shares),
+            "clip_ratio/low": jnp.sum(too_low * tokens.shares),
+            "clip_ratio/high": jnp.sum(too_high * tokens.shares),
+            "clip_ratio/region": jnp.sum((too_low | too_high) * tokens.shares),
             "policy_loss": policy_loss,
         }
         maxima: dict[str, jax.Array] = {}
-        if batch.old_logps is not None:
-            drift = jnp.where(batch.mask, jnp.abs(logps - batch.old_logps), 0.0)
-            means["sampling/sampling_logp_difference/mean"] = jnp.sum(drift * token_mean)
+        if tokens.old_logps is not None:
+            drift = jnp.where(tokens.mask, jnp.abs(logps - tokens.old_logps), 0.0)
+            means["sampling/sampling_logp_difference/mean"] = jnp.sum(drift * tokens.shares)
             maxima["sampling/sampling_logp_difference/max"] = jnp.max(drift)
-        if batch.ref_logps is not None:
+        if tokens.ref_logps is not None:
             # Masked tokens must give 0, not exp of whatever stands there times 0.
-            ref_logps = jnp.where(batch.mask, batch.ref_logps, logps)
+            ref_logps = jnp.where(tokens.mask, tokens.ref_logps, logps)
             kl = kl_estimate(logps, ref_logps, cfg.kl_estimator)
             corrected = kl * ratio if cfg.kl_bias_correction else kl
-            loss = loss + cfg.beta * jnp.sum(corrected * weights)
-            means["kl"] = jnp.sum(kl * token_mean)
+            loss = loss + cfg.beta * jnp.sum(corrected * tokens.weights)
+            means["kl"] = jnp.sum(kl * tokens.shares)
         return loss, Stats(means, maxima)
 
-    return grpo_loss
+    return Loss(grpo_loss, by_token=cfg.importance_sampling_level == "token")
 
 
 def importance_ratio(logps: Array, old: Array, mask: Array, level: str) -> Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.config import Lora
-from grpo_jax.learn.logps import token_logps
-from grpo_jax.learn.objectives import LossFn, Stats, token_weights
+from grpo_jax.learn.logps import loss_of_tokens, token_logps
+from grpo_jax.learn.objectives import Loss, Stats, token_weights, tokens_of
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, head
 from grpo_jax.structs import Array, TrainBatch, TrainState
@@ -38,11 +38,16 @@ def batch_logps(
     model: Decoder, variables: dict, batch: TrainBatch, temperature: float, rngs: dict | None = None
 ) -> tuple[Array, Array]:
     """Log-probs and entropy, float32 [P, G, T], of the completions of a batch."""
-    hidden: Any = model.apply(
-        variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
-    )
+    hidden = _hidden(model, variables, batch, rngs)
     cap = model.config.final_logit_softcapping
     return token_logps(hidden, head(variables["params"]), batch.ids, temperature, cap)
+
+
+def _hidden(model: Decoder, variables: dict, batch: TrainBatch, rngs: dict | None) -> Any:
+    """The states just before each completion token, [P, G, T, D]."""
+    return model.apply(
+        variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
+    )
 
 
 def build_logps(
@@ -65,7 +70,7 @@ def build_logps(
 def build_update(
     model: Decoder,
     optimizer: optax.GradientTransformation,
-    loss_fn: LossFn,
+    loss_of: Loss,
     cfg: Lora,
     *,
     loss_type: str = "dapo",
@@ -78,7 +83,7 @@ def build_update(
     Args:
       model: the decoder.
       optimizer: of `build_optimizer`.
-      loss_fn: of learn.objectives.
+      loss_of: of learn.objectives.
       cfg: LoRA settings; rank 0 trains the whole model.
       loss_type, max_completion_length: see `token_weights`.
       temperature: the log-probs' temperature, that of sampling.
@@ -99,8 +104,18 @@ def build_update(
     ) -> tuple[Array, Stats]:
         variables = policy_variables(trained, frozen, cfg)
         rngs = {"dropout": key} if cfg.rank and cfg.dropout else None
-        logps, entropy = batch_logps(model, variables, micro, temperature, rngs)
-        return loss_fn(logps, entropy, micro, weights, mean)
+        tokens = tokens_of(micro, weights, mean)
+        if not loss_of.by_token:
+            return loss_of.fn(*batch_logps(model, variables, micro, temperature, rngs), tokens)
+        return loss_of_tokens(
+            _hidden(model, variables, micro, rngs),
+            head(variables["params"]),
+            micro.ids,
+            tokens,
+            loss_of.fn,
+            temperature,
+            model.config.final_logit_softcapping,
+        )
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 

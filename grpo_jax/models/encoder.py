@@ -67,8 +67,8 @@ class LayerNorm(nn.Module):
 def position_ids(ids: Array, padding_idx: int | None) -> Array:
     """Rows of the position table: int32 [B, S].
 
-    With padding_idx p the tokens of [a, b, <pad>, c] stand at p + 1, p + 2, p, p + 3, as in fairseq:
-    a padding token that a text happens to contain has no position of its own.
+    With padding_idx p the tokens of [a, b, <pad>, c] stand at p + 1, p + 2, p, p + 3, as fairseq
+    has it: a padding token that a text happens to contain has no position of its own.
 
     Args:
       ids: int32 [B, S], padded on the right with any id.

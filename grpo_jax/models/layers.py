@@ -25,6 +25,15 @@ class KV(NamedTuple):
     v: Array  # [..., K, S, H]
 
 
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [..., in] times kernel [in, out], as one matrix product.
+
+    With the leading axes flat the kernel's gradient is one too. Otherwise XLA transposes what
+    flows back element by element, which on CPU takes as long as the products themselves.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
 class Linear(nn.Module):
     """y = x W + b, plus the low-rank path x A B where the "lora" collection has one.
 
@@ -41,7 +50,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(self.dtype)
+        y = matmul(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -49,7 +58,7 @@ class Linear(nn.Module):
             lora_a: Array = self.get_variable("lora", "lora_a").astype(self.dtype)
             lora_b: Array = self.get_variable("lora", "lora_b").astype(self.dtype)
             dropped = nn.Dropout(self.lora_dropout)(x, deterministic=not self.has_rng("dropout"))
-            y = y + (dropped @ lora_a) @ lora_b
+            y = y + matmul(matmul(dropped, lora_a), lora_b)
         return y
 
 

@@ -7,21 +7,28 @@ sampling and export merge it. With lora_b = 0, where it starts, it changes nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.config import Lora
+
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output matrix
 
 
 def init(key: jax.Array, params: dict, cfg: Lora) -> dict:
     """A fresh float32 adapter for every kernel of `params["layers"]` that `cfg.targets` names.
 
+    "all-linear" names all of them, whatever they are called (Phi-3 has qkv_proj and gate_up_proj).
     lora_a is uniform in +-1/sqrt(in), as PEFT draws it; lora_b is zero.
 
     Raises:
       ValueError: a target that matches no kernel.
     """
     found: set[str] = set()
+    every = ALL_LINEAR in cfg.targets
 
     def walk(tree: dict, key: jax.Array) -> dict:
         adapter = {}
@@ -29,7 +36,7 @@ def init(key: jax.Array, params: dict, cfg: Lora) -> dict:
             if not isinstance(sub, dict):
                 continue
             sub_key = jax.random.fold_in(key, index)
-            if name in cfg.targets and "kernel" in sub:
+            if (every or name in cfg.targets) and "kernel" in sub:
                 found.add(name)
                 *stack, fan_in, fan_out = sub["kernel"].shape
                 bound = fan_in**-0.5
@@ -42,10 +49,10 @@ def init(key: jax.Array, params: dict, cfg: Lora) -> dict:
         return adapter
 
     adapter = {"layers": walk(params["layers"], key)}
-    if missing := set(cfg.targets) - found:
+    if missing := set(cfg.targets) - found - {ALL_LINEAR}:
         raise ValueError(
-            f"model.lora.targets: no linear layer is named {sorted(missing)}; "
-            f"this model has {sorted(_kernels(params['layers']))}"
+            f"model.lora.targets: no linear layer is named {sorted(missing)}; this model has "
+            f"{sorted(_kernels(params['layers']))}, and {ALL_LINEAR} takes every one"
         )
     return adapter
 
@@ -56,6 +63,23 @@ def scaled(adapter: dict, cfg: Lora) -> dict:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * scale if path[-1].key == "lora_b" else x, adapter
     )
+
+
+def concatenate(adapters: Sequence[dict]) -> dict:
+    """One adapter that adds what several add, with the sum of their ranks: [A1 A2] [B1; B2].
+
+    Args:
+      adapters: of the same layers, to be scaled by the same alpha / rank.
+
+    Returns:
+      lora_a [L, in, r1 + r2 + ...] and lora_b [L, r1 + r2 + ..., out], as NumPy arrays. With alpha
+      multiplied like the rank, the scale is the same and nothing is rounded.
+    """
+
+    def join(path: tuple, *leaves: jax.Array) -> np.ndarray:
+        return np.concatenate(leaves, axis=-1 if path[-1].key == "lora_a" else -2)
+
+    return jax.tree_util.tree_map_with_path(join, *adapters)
 
 
 def merge(params: dict, adapter: dict) -> dict:

@@ -4,13 +4,17 @@ The host measures lengths, repetition and language and runs the frozen encoder (
 buckets); one jitted function turns all of it into terms and a total. Anchor embeddings are computed
 once a row. Every string has a defined reward: odd text is sanitised, and a completion
 without a visible character scores 0 in every term.
+
+An encoder with the policy's tokenizer reads a rollout's token ids on the device while the host
+works on the texts. Only completions that the tokenizer would spell otherwise go through text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,7 @@ import numpy as np
 
 from grpo_jax import config
 from grpo_jax.rewards import terms
-from grpo_jax.structs import Array, Rewards, Row
+from grpo_jax.structs import Array, Rewards, Rollout, Row
 from grpo_jax.text.measures import is_empty, repeated_share, sanitise
 from grpo_jax.text.scripts import units
 
@@ -27,6 +31,17 @@ class TextEncoder(Protocol):
     """What we need of an encoder; the hub's encoders are."""
 
     def embed(self, texts: list[str]) -> np.ndarray: ...  # float32 [N, D]
+
+
+@runtime_checkable
+class TokenEncoder(TextEncoder, Protocol):
+    """An encoder that reads token ids too: hub.SentenceEncoder, whose methods these are."""
+
+    def shares_tokenizer(self, folder: Path) -> bool: ...
+
+    def embed_ids(self, ids: Array, lengths: np.ndarray) -> Callable[[], np.ndarray]: ...
+
+    def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...
 
 
 def term_weights(cfg: config.Reward) -> dict[str, float]:
@@ -89,13 +104,21 @@ class Scorer:
         """Cosine of each text with its anchor under the reward's encoder: float32 [N]."""
         return similarity(self.encoder, texts, anchors)
 
-    def score(self, texts: list[str], rows: list[Row], tau: float) -> Rewards:
+    def reads_tokens(self, folder: Path) -> bool:
+        """Whether `score` may be given the rollout of a policy with the tokenizer in `folder`."""
+        return isinstance(self.encoder, TokenEncoder) and self.encoder.shares_tokenizer(folder)
+
+    def score(
+        self, texts: list[str], rows: list[Row], tau: float, rollout: Rollout | None = None
+    ) -> Rewards:
         """Score P * G completions, the G of a prompt next to each other.
 
         Args:
           texts: P * G decoded completions.
           rows: the prompts' P rows, which hold the anchors.
           tau: threshold of the semantic term, below 1.
+          rollout: what the texts were decoded from, where `reads_tokens` allows it: the same
+            rewards, sooner. Best with its arrays on the device; this process's rows only.
 
         Returns:
           Rewards on device, float32 [P, G]; terms of weight 0 other than "semantic" and
@@ -110,18 +133,39 @@ class Scorer:
             raise ValueError(f"reward.tau: got {tau}, wanted a cosine below 1.")
         shape = (len(rows), len(texts) // len(rows))
         texts = [sanitise(text) for text in texts]
+        vectors = self._start_embedding(texts, rollout)
         pieces = [units(text) for text in texts]
         lengths = np.array([len(piece) for piece in pieces], np.float32).reshape(shape)
         on_grid = partial(np.reshape, shape=shape)
-        return self._score(
-            embed(self.encoder, texts).reshape(*shape, -1),
-            self._anchor_embeddings(rows),
+        measures = (
             on_grid(np.asarray(self.gate(texts), bool)),
             lengths / self._expected_lengths(rows, lengths),
             on_grid(np.array([repeated_share(piece) for piece in pieces], np.float32)),
             on_grid(np.array([not is_empty(text) for text in texts])),
-            np.float32(tau),
         )
+        anchors = self._anchor_embeddings(rows)
+        return self._score(vectors().reshape(*shape, -1), anchors, *measures, np.float32(tau))
+
+    def _start_embedding(
+        self, texts: list[str], rollout: Rollout | None
+    ) -> Callable[[], np.ndarray]:
+        """Sets the device to work where it has the ids; the result waits for float32 [N, D]."""
+        if rollout is None:
+            return lambda: embed(self.encoder, texts)
+        assert isinstance(self.encoder, TokenEncoder)
+        encoder, T = self.encoder, rollout.ids.shape[-1]
+        lengths = np.asarray(rollout.mask).sum(-1).reshape(-1)
+        lengths = lengths - np.asarray(rollout.ended).reshape(-1)  # without the EOS
+        vectors = encoder.embed_ids(rollout.ids.reshape(-1, T), lengths)
+
+        def wait() -> np.ndarray:
+            same = encoder.same_tokens(texts, np.asarray(rollout.ids).reshape(-1, T), lengths)
+            out = vectors()
+            if others := np.flatnonzero(~same).tolist():
+                out[others] = embed(encoder, [texts[i] for i in others])
+            return out
+
+        return wait
 
     def _anchor_embeddings(self, rows: list[Row]) -> np.ndarray:
         """float32 [P, D]; encodes only what was not seen before, for every row comes each epoch."""

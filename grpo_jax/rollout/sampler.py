@@ -173,7 +173,7 @@ def _build_step(
 
     def step(state: SamplingState) -> tuple[Array, list[KV]]:
         x = scale_embedding(c, params["embed_tokens"]["embedding"][state.token])
-        positions = prompt_lengths[:, None] + jnp.maximum(state.age - 1, 0)
+        positions = jnp.asarray(prompt_lengths)[:, None] + jnp.maximum(state.age - 1, 0)
         layout = Layout(positions, prompt_mask, all_rotations(c, positions))
         slot = (state.steps - 1) % state.caches[0].k.shape[3]
         updated = []

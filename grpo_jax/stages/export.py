@@ -5,32 +5,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import jax
 
 from grpo_jax import hub
 from grpo_jax.evals.table import COLUMNS, cell
+from grpo_jax.hub.folder import split_hub_id
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.stages.evaluate import results
-from grpo_jax.stages.run import Run, load_params
+from grpo_jax.stages.run import Run, load_adapter, load_params
 
 _log = logging.getLogger(__name__)
 
 
 def run_export(run: Run) -> None:
-    """Writes export/ARM/ for `export.arms`, or for the last trained arm."""
-    for arm in run.cfg.export.arms or run.arms[-1:]:
+    """Writes export/ARM/, and with LoRA ARM-adapter/, for `export.arms` or the last trained arm."""
+    cfg = run.cfg
+    for arm in cfg.export.arms or run.arms[-1:]:
         params = jax.tree.map(mesh_lib.fetch, load_params(run, arm))
+        folder = run.workdir.export / arm
         if distributed.is_main():
             policy = dataclasses.replace(run.base, params=params)
-            folder = run.workdir.export / arm
-            hub.save_decoder(policy, folder, model_card(run, arm), run.cfg.export.dtype)
+            hub.save_decoder(policy, folder, model_card(run, arm), cfg.export.dtype)
             _log.info("exported %s to %s", arm, folder)
+        del params
+        if cfg.model.lora.rank and cfg.export.adapter:
+            adapter = load_adapter(run, arm)
+            folder = run.workdir.export / f"{arm}-adapter"
+            if distributed.is_main():
+                hub.save_adapter(run.base, adapter, folder, model_card(run, arm, adapter.rank))
+                _log.info("exported the adapter of %s to %s", arm, folder)
 
 
-def model_card(run: Run, arm: str) -> str:
-    """README.md of an exported model: base, data, method, scores."""
+def model_card(run: Run, arm: str, adapter_rank: int = 0) -> str:
+    """README.md of an exported model: base, data, method, scores.
+
+    Args:
+      adapter_rank: of the adapter that is written alone; 0 for a whole model.
+    """
     cfg = run.cfg
     method = {
         "sft": "supervised fine-tuning",
@@ -41,10 +55,15 @@ def model_card(run: Run, arm: str) -> str:
     steps = ", then ".join(f"{method[stage]} ({stage})" for stage in chain) or "no training"
     lora = cfg.model.lora
     weights = f"LoRA rank {lora.rank}, merged" if lora.rank else "full fine-tuning"
+    if adapter_rank:
+        stages = " + ".join(chain)
+        weights = f"LoRA rank {lora.rank} a stage; this adapter, rank {adapter_rank}, is {stages}"
+    hub_id = split_hub_id(cfg.model.path)[0] if not Path(cfg.model.path).is_dir() else ""
     lines = [
         "---",
-        "library_name: transformers",
-        f"tags: [grpo, low-resource, {cfg.reward.language}]",
+        f"library_name: {'peft' if adapter_rank else 'transformers'}",
+        *([f"base_model: {hub_id}"] if hub_id else []),
+        f"tags: [{'lora, ' if adapter_rank else ''}grpo, low-resource, {cfg.reward.language}]",
         "---",
         f"# {run.base.folder.name}, {arm}",
         "",
@@ -59,6 +78,13 @@ def model_card(run: Run, arm: str) -> str:
         lines.append(
             f"- **Reward:** cosine under {cfg.encoder.path} and a language gate for "
             f"{cfg.reward.language}, after arXiv 2605.14366"
+        )
+    if unused := run.base.weights.unused:
+        parts = sorted({_part(name) for name in unused})
+        lines.append(
+            f"- **Left out:** {len(unused)} tensors of the base that are not of its language model "
+            f"({', '.join(parts)})"
+            + ("; load the adapter on the language model alone" if adapter_rank else "")
         )
     lines += [
         "",
@@ -78,3 +104,8 @@ def model_card(run: Run, arm: str) -> str:
                 shown = [f"{c.value:.{column.digits}f}" if c else "" for c in cells]
                 lines.append(f"| {column.title} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to: vision_tower of model.vision_tower.x.y."""
+    return name.removeprefix("model.").split(".")[0]

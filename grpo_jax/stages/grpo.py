@@ -52,7 +52,8 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
     if tau is None:
         tau = _calibrate(run, variables)
     eos_ids = run.base.tokenizer.eos_ids
-    sample = build_sampler(run.model, cfg.sampling, T, eos_ids, mesh_lib.replicated(run.mesh))
+    gathered = mesh_lib.replicated(run.mesh)
+    sample = build_sampler(run.model, cfg.sampling, T, eos_ids, gathered, cfg.lanes)
     temperature = cfg.sampling.temperature
     reference_logps = build_logps(run.model, temperature, cfg.gradient_accumulation_steps)
     update = build_update(
@@ -67,6 +68,8 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
     )
     key = stage_key(run, stage)
     said: set[str] = set()
+    as_tokens = run.scorer.reads_tokens(run.base.folder)
+    _log.info("the encoder reads completions as %s", "token ids" if as_tokens else "text")
     if updates == 1:
         _log.info("one update a rollout: policy_loss stays about 0, its gradient is what matters")
     with learner.checkpoints, track(stage, learner.step, total) as bar:
@@ -81,15 +84,16 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             local = jax.tree.map(mesh_lib.fetch_local, rollout)
             clock.append(time.monotonic())
 
-            texts = run.base.tokenizer.decode(_completions(local))
-            rewards = run.scorer.score(texts, prompts.rows, tau)
-            clock.append(time.monotonic())
-
             longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
             batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
-            batch = batch._replace(advantages=_advantages(run, cfg, rewards))
-            if cfg.beta > 0:
+            if cfg.beta > 0:  # the device computes these while the host reads the texts
                 batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+            texts = run.base.tokenizer.decode(_completions(local))
+            read = rollout if jax.process_count() == 1 else local
+            rewards = run.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
+            batch = batch._replace(advantages=_advantages(run, cfg, rewards))
+            clock.append(time.monotonic())
+
             stats = []
             for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
                 state, stat = update(state, frozen, minibatch, update_key)

@@ -54,11 +54,13 @@ def open_learner(
     if fresh:
         key = jax.random.fold_in(run_lib.stage_key(run, stage), 2**31 - 1)
 
-        def init(params: dict) -> TrainState:
-            return init_state(run_lib.fresh_trained(run, key, params), optimizer)
+        def init(params: dict, given: dict | None) -> TrainState:
+            trained = given or run_lib.fresh_trained(run, key, params)
+            return init_state(trained, optimizer)
 
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(start)
+        given = run_lib.start_adapter(run, stage)
+        state = jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(start, given)
     else:
         del start
         state, aux = checkpoints.restore(abstract)

@@ -1,21 +1,24 @@
 """What all stages share: the open workdir, the base model, the data, the encoders, the mesh.
 
 `open_run` loads all of it before anything expensive, so a missing file, a mismatched tokenizer or
-an empty split stops the run in its first seconds. `load_params` gives the weights of any arm.
+an empty split stops the run in its first seconds. Of the base model's weights it checks all but the
+numbers; `load_params` gives the weights of any arm, the base's read from its folder each time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grpo_jax import assets, hub
-from grpo_jax.config import TRAINING, Config, Optimizer, Sampling
+from grpo_jax.config import TRAINING, Config, Lora, Optimizer, Sampling
 from grpo_jax.data.corpus import Corpus, load_corpus
 from grpo_jax.evals.retention import build_retention
 from grpo_jax.infra import mesh as mesh_lib
@@ -42,7 +45,8 @@ class Run:
     workdir: Workdir
     writer: MetricWriter
     mesh: jax.sharding.Mesh
-    base: hub.Policy  # parameters on the host
+    base: hub.Policy  # its params are shapes
+    adapter: dict | None  # what the first training stage starts from, on the host
     model: Decoder  # the base's architecture with the run's dtype, remat and dropout
     corpus: Corpus
     scorer: Scorer
@@ -71,7 +75,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
     """
     mesh = mesh_lib.make_mesh(cfg.mesh)
     _check_batches(cfg, mesh)
-    base = hub.load_decoder(
+    base = hub.open_decoder(
         cfg.model.path, dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
     )
     _check_lengths(cfg, base.config.max_position_embeddings)
@@ -82,14 +86,17 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         remat=cfg.model.remat,
         lora_dropout=cfg.model.lora.dropout if rank else 0.0,
     )
-    if rank:
-        jax.eval_shape(lambda: lora.init(jax.random.key(0), base.params, cfg.model.lora))
+    adapter = _open_adapter(cfg.model.lora, base) if rank else None
     corpus = load_corpus(cfg.data, base.tokenizer, assets.resolve)
     encoder = hub.load_encoder(
         cfg.encoder.path,
         dtype=cfg.encoder.dtype,
         max_length=cfg.encoder.max_length,
         batch_size=cfg.encoder.batch_size,
+        pooling=cfg.encoder.pooling or None,
+        normalize=cfg.encoder.normalize,
+        prompt_name=cfg.encoder.prompt_name or None,
+        prompt=cfg.encoder.prompt,
     )
     seen = corpus.cold_start + corpus.train
     gate = LanguageGate.fit(
@@ -115,6 +122,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         writer=MetricWriter(workdir),
         mesh=mesh,
         base=base,
+        adapter=adapter,
         model=model,
         corpus=corpus,
         scorer=Scorer(encoder, gate, cfg.reward),
@@ -124,6 +132,28 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         drift=build_retention(model),
         key=jax.random.key(workdir.seed),
     )
+
+
+def _open_adapter(cfg: Lora, base: hub.Policy) -> dict | None:
+    """The adapter of model.lora.path, or None; model.lora.targets must fit the model anyway."""
+    wanted = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, cfg), base.params)
+    if not cfg.path:
+        return None
+    found = hub.load_adapter(base, cfg.path)
+    problems = []
+    if found.rank != cfg.rank:
+        problems.append(f"rank: got {cfg.rank}, the adapter has {found.rank}")
+    if not math.isclose(found.alpha, cfg.alpha, rel_tol=1e-6):
+        problems.append(f"alpha: got {cfg.alpha}, the adapter has {found.alpha}")
+    targets = hub.Adapter(wanted, cfg.rank, cfg.alpha).targets
+    if found.targets != targets:
+        problems.append(f"targets: got {', '.join(targets)}, it has {', '.join(found.targets)}")
+    if problems:
+        lines = "".join(f"\n  model.lora.{problem}" for problem in problems)
+        raise ValueError(
+            f"model.lora.path: {cfg.path} was trained with other settings; set the same:{lines}"
+        )
+    return found.params
 
 
 def _check_batches(cfg: Config, mesh: jax.sharding.Mesh) -> None:
@@ -166,12 +196,16 @@ def load_params(run: Run, arm: str) -> dict:
     Adapters merge along the chain: grpo = (base + sft's adapter) + grpo's adapter.
     """
     if arm == "base":
-        return put_params(run, run.base.params)
+        shardings = mesh_lib.param_shardings(run.mesh, run.base.params)
+        return run.base.weights.read(
+            lambda path, shape: functools.reduce(operator.getitem, path, shardings)
+        )
     trained = load_trained(run, arm)
     if not run.cfg.model.lora.rank:
         return trained
-    merge = jax.jit(lambda p, a: lora.merge(p, lora.scaled(a, run.cfg.model.lora)))
-    return merge(load_params(run, run.before(arm)), trained)
+    before = load_params(run, run.before(arm))
+    scaled = functools.partial(lora.scaled, cfg=run.cfg.model.lora)
+    return jax.jit(lambda p, a: lora.merge(p, scaled(a)), donate_argnums=0)(before, trained)
 
 
 def load_trained(run: Run, arm: str) -> dict:
@@ -182,10 +216,25 @@ def load_trained(run: Run, arm: str) -> dict:
     return state.params
 
 
-def put_params(run: Run, params: dict) -> dict:
-    """Host parameters to their places on the mesh; from NumPy, so that nothing aliases them."""
-    shardings = mesh_lib.param_shardings(run.mesh, params)
-    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), params, shardings)
+def load_adapter(run: Run, arm: str) -> hub.Adapter:
+    """What an arm adds to the base, as one float32 adapter in host memory on every process.
+
+    Each stage of the chain trained an adapter on the merged weights of the one before, so theirs
+    add up: as one, they have the sum of their ranks.
+    """
+    chain = run.arms[1 : run.arms.index(arm) + 1]
+    trained = [jax.tree.map(mesh_lib.fetch, load_trained(run, stage)) for stage in chain]
+    cfg = run.cfg.model.lora
+    params = lora.concatenate(trained)
+    return hub.Adapter(params, cfg.rank * len(chain), cfg.alpha * len(chain), cfg.dropout)
+
+
+def start_adapter(run: Run, stage: str) -> dict | None:
+    """The adapter of model.lora.path in its places on the mesh, if `stage` starts from it."""
+    if run.adapter is None or stage != run.arms[1]:
+        return None
+    shardings = mesh_lib.param_shardings(run.mesh, run.adapter)
+    return jax.tree.map(lambda x, s: jax.device_put(x.copy(), s), run.adapter, shardings)
 
 
 def fresh_trained(run: Run, key: jax.Array, params: dict) -> dict:

@@ -18,7 +18,7 @@ from grpo_jax.data.batches import in_order, sft_batch
 from grpo_jax.data.corpus import Example
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
-from grpo_jax.learn.objectives import sft_loss
+from grpo_jax.learn.objectives import build_sft_loss
 from grpo_jax.learn.step import build_logps, build_update, policy_variables
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.run import Run, stage_key
@@ -35,7 +35,7 @@ def run_sft(run: Run, stage: str, cfg: SFT) -> None:
     update = build_update(
         run.model,
         learner.optimizer,
-        sft_loss,
+        build_sft_loss(),
         lora,
         micro_batches=cfg.gradient_accumulation_steps,
     )

@@ -2,22 +2,40 @@
 
 What it adds is what training depends on: which ids end a generation, which one of them ends a
 training target, and a prompt that is either the chat template's or plain.
+
+A folder with tokenizer.json loads as transformers loads it. One that has only a sentencepiece BPE
+model is converted here (text/pieces.py), because transformers 5 encodes leading spaces otherwise
+than sentencepiece does; `save` then writes the tokenizer.json too, so that whoever loads the
+exported folder gets the ids that it was trained with.
+
+Chat templates that put today's date into the prompt get the 26th of July 2024, the date that
+Llama's own templates fall back to: a prompt must not depend on the day.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.text.pieces import add_ends, as_control, build_bpe, read_model
+
+_SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model")
+_VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
+_CONFIG = "tokenizer_config.json"
 _FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-    "chat_template.json",
+    *_VOCABULARIES, _CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TODAY = datetime.date(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_NOW_CALL = re.compile(r"strftime_now\s*\(")
 
 
 def load_pretrained(folder: Path) -> Any:
@@ -25,18 +43,132 @@ def load_pretrained(folder: Path) -> Any:
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
-      ValueError: it cannot be read.
+      ValueError: it cannot be read, or not so that it gives its authors' ids.
     """
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise FileNotFoundError(
             f"{folder}: no tokenizer ({', '.join(_VOCABULARIES)}); copy the model's tokenizer files"
         )
+    file = _only_sentencepiece(folder)
+    if file is None:
+        pretrained = _from_pretrained(folder, folder)
+    elif converted := _converted(folder, file):
+        with tempfile.TemporaryDirectory() as scratch:
+            copies = Path(scratch)
+            for source in _present(folder):
+                shutil.copyfile(source, copies / source.name)
+            for name, content in converted.items():
+                (copies / name).write_text(content, encoding="utf-8")
+            pretrained = _from_pretrained(copies, folder)
+    else:
+        pretrained = _from_pretrained(folder, folder)
+        _check_unigram(pretrained, file)
+    if not pretrained.is_fast:
+        raise ValueError(
+            f"{folder}: {type(pretrained).__name__} has no form that the tokenizers library runs; "
+            "save the tokenizer as tokenizer.json with the library that it comes from"
+        )
+    return pretrained
+
+
+def _from_pretrained(folder: Path, named: Path) -> Any:
+    """AutoTokenizer on local files; errors name the folder that the user gave."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the Rust reader raises bare Exception
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        raise ValueError(f"{named}: the tokenizer cannot be read: {error}") from error
+
+
+def _present(folder: Path) -> list[Path]:
+    return [folder / name for name in _FILES if (folder / name).is_file()]
+
+
+def _only_sentencepiece(folder: Path) -> Path | None:
+    """The sentencepiece model of a folder that has no tokenizer.json."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    return next((folder / n for n in _SENTENCEPIECE if (folder / n).is_file()), None)
+
+
+def _converted(folder: Path, file: Path) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json for a BPE .model file; {} for a unigram one."""
+    model = read_model(file)
+    if not model.is_bpe:
+        return {}
+    config = _json(folder / _CONFIG)
+    config = {**model.special, **_json(folder / "special_tokens_map.json"), **config}
+    template = str(config.get("chat_template") or "")
+    if (folder / "chat_template.jinja").is_file():
+        template += (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        tokenizer = build_bpe(as_control(model.pieces, template))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    _add_tokens(tokenizer, folder, config)
+    bos, eos = _content(config.get("bos_token")), _content(config.get("eos_token"))
+    add_ends(
+        tokenizer,
+        bos if config.get("add_bos_token", True) else None,
+        eos if config.get("add_eos_token", False) else None,
+    )
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        _CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def _add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Add what tokenizer_config.json and added_tokens.json list, at the ids that they give."""
+    from tokenizers import AddedToken
+
+    listed = {i: {"content": t} for t, i in _json(folder / "added_tokens.json").items()}
+    listed |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    named = {_content(value) for key, value in config.items() if key.endswith("_token")}
+    for index, fields in sorted(listed.items()):
+        content = fields["content"]
+        flags = {k: bool(fields.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized")}
+        special = bool(fields.get("special")) or content in named
+        tokenizer.add_tokens([AddedToken(content, special=special, **flags)])
+        if (got := tokenizer.token_to_id(content)) != index:
+            raise ValueError(
+                f"{folder}: added token {content!r} is {index} in tokenizer_config.json or "
+                f"added_tokens.json, but {got} behind the sentencepiece model; wanted equal ids"
+            )
+
+
+def _check_unigram(pretrained: Any, file: Path) -> None:
+    """Raises ValueError where transformers' conversion does not cut as sentencepiece does."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(file))
+    known = [p for p in map(pieces.id_to_piece, range(pieces.get_piece_size())) if p.isalpha()]
+    probe = " ".join(known[:8]).lower()
+    got, wanted = pretrained.tokenize(probe), pieces.encode(probe, out_type=str)
+    if got != wanted:
+        raise ValueError(
+            f"{file}: transformers cuts {probe!r} into {got}, sentencepiece into {wanted}; set "
+            "tokenizer_class in tokenizer_config.json to the model's own, or add its tokenizer.json"
+        )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not valid JSON (wanted an object); fetch the file again")
+    return content
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which configs give as a string or an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 class Tokenizer:
@@ -80,6 +212,11 @@ class Tokenizer:
           FileNotFoundError, ValueError: no tokenizer there, or not a usable one.
         """
         return cls(load_pretrained(Path(folder)), Path(folder))
+
+    @property
+    def pretrained(self) -> Any:
+        """The transformers tokenizer underneath."""
+        return self._pretrained
 
     @property
     def has_chat_template(self) -> bool:
@@ -127,14 +264,19 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, unchanged, into an existing folder.
 
+        Where sentencepiece BPE was converted, its tokenizer.json is written beside it.
+
         Raises:
           FileNotFoundError: the folder that it was loaded from is gone.
         """
-        files = [self._folder / name for name in _FILES if (self._folder / name).is_file()]
+        files = _present(self._folder)
         if not files:
             raise FileNotFoundError(f"{self._folder}: the tokenizer's files are gone; restore them")
         for file in files:
             shutil.copyfile(file, Path(folder) / file.name)
+        if model := _only_sentencepiece(self._folder):
+            for name, content in _converted(self._folder, model).items():
+                (Path(folder) / name).write_text(content, encoding="utf-8")
 
     def special_ids(self) -> dict[str, int | list[int]]:
         """bos, eos and pad ids as generation_config.json names them."""
@@ -157,12 +299,32 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=generation,
                 enable_thinking=False,  # Qwen3: answer without a chain of thought
+                chat_template=self._template,
+                date_string=_TODAY.strftime("%d %b %Y"),  # Llama 3
             )
         except TemplateError as error:
             roles = [message["role"] for message in messages]
             raise ValueError(
                 f"{self._folder}: the chat template refuses messages of {roles}: {error}"
             ) from error
+
+    @functools.cached_property
+    def _template(self) -> str:
+        """The chat template with a fixed date where it would read the clock.
+
+        Raises:
+          ValueError: it asks for a date in a format that is not written out.
+        """
+        template = _NOW.sub(
+            lambda match: json.dumps(_TODAY.strftime(match[2])),
+            self._pretrained.get_chat_template(),
+        )
+        if _NOW_CALL.search(template):
+            raise ValueError(
+                f"{self._folder}: the chat template computes a date, so that prompts would change "
+                "from day to day; write the date or its format into the template"
+            )
+        return template
 
     def _turn_end(self) -> int | None:
         """The special token that the chat template puts behind an assistant's message."""
@@ -178,11 +340,5 @@ class Tokenizer:
 
 def _generation_eos(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, always as a list."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return []
-    try:
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    eos = _json(folder / "generation_config.json").get("eos_token_id")
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
