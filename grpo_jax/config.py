@@ -12,13 +12,10 @@ config_flags looks at them.
 """
 # ruff: noqa: UP045
 
-import dataclasses
 import difflib
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional, get_args, get_origin, get_type_hints
+from typing import Optional
 
 
 @dataclass
@@ -181,6 +178,31 @@ class Recover:
 
 
 @dataclass
+class Preference:
+    """Pairwise judging by a language model; off while base_url is empty."""
+
+    base_url: str = ""  # of an OpenAI-compatible endpoint, such as http://localhost:8000/v1
+    model: str = ""  # the judge's name at the endpoint
+    api_key_env: str = ""  # NAME of the environment variable that holds the key; '': no key
+    pairs: tuple[str, ...] = ()  # arms to compare, FIRST:SECOND
+    max_rows: int = 100  # held-out rows of each pair; 0: all
+    # Names in braces are replaced: {source}, {reference}, {first} and {second}.
+    prompt: str = (
+        "Two systems answered the same task. Judge which answer says more faithfully and fluently "
+        "what the reference says. Do not let the order or the length of the answers sway you.\n\n"
+        "[Task]\n{source}\n\n[Reference]\n{reference}\n\n"
+        "[Answer A]\n{first}\n\n[Answer B]\n{second}\n\n"
+        "Explain in one or two sentences, then end with your verdict: [[A]] if A is better, [[B]] "
+        "if B is better, [[C]] if they are equally good or bad."
+    )
+    temperature: float = 0.0
+    max_tokens: int = 512  # of the judge's answer
+    timeout: float = 60.0  # seconds without a word from the server
+    retries: int = 4  # further tries of a request that met passing trouble
+    concurrency: int = 8  # requests at one time
+
+
+@dataclass
 class Evaluation:
     """What every arm is measured on."""
 
@@ -190,6 +212,17 @@ class Evaluation:
     retention: str = ""  # plain text, one passage a line: what the model should not forget
     max_retention_rows: int = 128
     max_retention_length: int = 128  # tokens a passage
+    # What a model can still do: multiple_choice:FILE, reading:FILE, format (evals/tasks.py).
+    tasks: tuple[str, ...] = ()
+    max_task_rows: int = 256  # questions a task; 0: all
+    max_task_length: int = 1024  # tokens of question and answer; longer ones lose the start
+    max_answer_length: int = 128  # tokens of a generated answer
+    choice_prompt: str = "Question: {question}\nAnswer:"
+    reading_prompt: str = (
+        "Read the text and answer the question with a few words taken from it.\n\n"
+        "Text: {context}\n\nQuestion: {question}"
+    )
+    preference: Preference = field(default_factory=Preference)
 
 
 @dataclass
@@ -265,68 +298,3 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     close = [o for o in options if o.rsplit(".", 1)[-1] == last]
     close = close or difflib.get_close_matches(name, options, n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
-
-
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A section as nested JSON-ready dicts; tuples become lists, ints in float fields floats."""
-    hints = get_type_hints(type(cfg))
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif type(value) is int and float in (hints[f.name], *get_args(hints[f.name])):
-            value = float(value)  # beta=1 and beta=1.0 are the same run
-        out[f.name] = value
-    return out
-
-
-def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> Any:
-    """The inverse of `to_dict`: absent fields keep their defaults; ValueError for unknown ones."""
-    hints = get_type_hints(kind)
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"config: no field {prefix}{name}{did_you_mean(name, hints)}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(value, hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif get_origin(hint) is tuple:
-            value = tuple(value)
-        fields[name] = value
-    return kind(**fields)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict of dotted names: {"grpo.beta": 0.01, ...}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def identity(values: dict[str, Any]) -> dict[str, Any]:
-    """The dotted fields of a `to_dict` that decide what a run trains."""
-    others = CADENCE + sum(AFTER_TRAINING.values(), ())
-    return {k: v for k, v in flatten(values).items() if not _under(k, others)}
-
-
-def stage_fields(values: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The dotted fields of a `to_dict` that only this stage, behind the training, depends on."""
-    own = AFTER_TRAINING.get(stage, ())
-    return {k: v for k, v in flatten(values).items() if _under(k, own)}
-
-
-def fingerprint(cfg: Config) -> str:
-    """16 hex digits that name the run's identity; equal fingerprints compute the same thing."""
-    text = json.dumps(identity(to_dict(cfg)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _under(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == p or name.startswith(p + ".") for p in prefixes)

@@ -96,6 +96,15 @@ RANGES: dict[str, str] = {
     "evaluation.bootstrap": "[1, inf)",
     "evaluation.max_retention_rows": "[1, inf)",
     "evaluation.max_retention_length": "[2, inf)",
+    "evaluation.max_task_rows": "[0, inf)",
+    "evaluation.max_task_length": "[2, inf)",
+    "evaluation.max_answer_length": "[1, inf)",
+    "evaluation.preference.max_rows": "[0, inf)",
+    "evaluation.preference.temperature": "[0, inf)",
+    "evaluation.preference.max_tokens": "[1, inf)",
+    "evaluation.preference.timeout": "(0, inf)",
+    "evaluation.preference.retries": "[0, inf)",
+    "evaluation.preference.concurrency": "[1, inf)",
     "checkpoint.every": "[1, inf)",
     "checkpoint.keep": "[1, inf)",
     "log.every": "[1, inf)",
@@ -115,6 +124,7 @@ def validate(cfg: Config) -> None:
         for name, value in _leaves(cfg):
             problems += _value_problems(name, value)
         problems += _run_problems(cfg) + _data_problems(cfg) + _learning_problems(cfg)
+        problems += _evaluation_problems(cfg)
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         lines = "\n  ".join(problems)
@@ -232,6 +242,28 @@ def _run_problems(cfg: Config) -> list[str]:
         problems.append(
             f"encoder.judge: got {cfg.encoder.judge!r}, which is encoder.path; wanted another "
             "encoder, since a judge that gave the reward proves nothing, or ''"
+        )
+    return problems
+
+
+def _evaluation_problems(cfg: Config) -> list[str]:
+    evaluation = cfg.evaluation
+    problems = []
+    if evaluation.preference.base_url:
+        from grpo_jax.evals.preference import check_preference  # not needed to start quickly
+
+        wrong = check_preference(evaluation.preference)
+        problems += [f"evaluation.preference.{problem}" for problem in wrong]
+    for name, value, wanted in (
+        ("choice_prompt", evaluation.choice_prompt, ("{question}",)),
+        ("reading_prompt", evaluation.reading_prompt, ("{context}", "{question}")),
+    ):
+        if missing := [field for field in wanted if field not in value]:
+            problems.append(f"evaluation.{name}: got {value!r}, which lacks {', '.join(missing)}")
+    if evaluation.max_answer_length >= evaluation.max_task_length:
+        problems.append(
+            f"evaluation.max_answer_length: got {evaluation.max_answer_length}, wanted less than "
+            f"max_task_length = {evaluation.max_task_length}, so that a question fits too"
         )
     return problems
 

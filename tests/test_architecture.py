@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 # A room may import its own files and any room before it; BUILD.md draws the same order.
 ROOMS = (
-    "structs", "config", "assets", "text", "models", "rollout", "data", "hub", "rewards", "learn",
-    "evals", "infra", "stages", "config_check", "flags", "main",
+    "structs", "config", "config_dicts", "assets", "text", "models", "rollout", "data", "hub",
+    "rewards", "learn", "evals", "report", "infra", "stages", "config_check", "flags", "main",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import grpo_jax
-from grpo_jax import config
+from grpo_jax import config, config_dicts
 from grpo_jax.config import Config
 from grpo_jax.config_check import CHOICES, RANGES, validate
 from grpo_jax.flags import check_flags
@@ -94,7 +94,7 @@ def test_all_problems_at_once():
 
 
 def test_every_table_entry_names_a_field():
-    names = config.flatten(config.to_dict(Config())).keys()
+    names = config_dicts.flatten(config_dicts.to_dict(Config())).keys()
     for key in CHOICES.keys() | RANGES.keys():
         assert any(n == key or n.endswith("." + key) for n in names), key
 
@@ -102,16 +102,16 @@ def test_every_table_entry_names_a_field():
 def test_dict_round_trip_and_unknown_field():
     cfg = good_config()
     cfg.grpo.beta, cfg.seed, cfg.stages = 1, 3, ("sft",)
-    values = config.to_dict(cfg)
+    values = config_dicts.to_dict(cfg)
     assert values["grpo"]["beta"] == 1.0 and isinstance(values["grpo"]["beta"], float)
-    assert config.from_dict(values) == cfg
-    assert config.from_dict({"grpo": {"beta": 0.5}}).grpo.beta == 0.5
+    assert config_dicts.from_dict(values) == cfg
+    assert config_dicts.from_dict({"grpo": {"beta": 0.5}}).grpo.beta == 0.5
     with pytest.raises(ValueError, match=r"no field grpo\.bta; did you mean beta"):
-        config.from_dict({"grpo": {"bta": 0.5}})
+        config_dicts.from_dict({"grpo": {"bta": 0.5}})
 
 
 def test_fingerprint_follows_identity_only():
-    base = config.fingerprint(good_config())
+    base = config_dicts.fingerprint(good_config())
     for name, value, same in [
         ("log.every", 7, True),
         ("checkpoint.keep", 9, True),
@@ -124,7 +124,7 @@ def test_fingerprint_follows_identity_only():
     ]:
         cfg = good_config()
         set_field(cfg, name, value)
-        assert (config.fingerprint(cfg) == base) == same, name
+        assert (config_dicts.fingerprint(cfg) == base) == same, name
 
 
 @pytest.fixture

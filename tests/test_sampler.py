@@ -87,16 +87,18 @@ def test_truncation_keeps_what_sorting_keeps(sampling, levels):
     """Few distinct logits, so that ties at the border, and rows that are one tie, are common."""
     logits = np.asarray(levels, np.float32)
     scores = (logits - logits.max()) / np.float32(sampling.temperature)
-    keep = threshold(jnp.asarray(scores)[None], jnp.exp(jnp.asarray(scores))[None], sampling)
-    np.testing.assert_array_equal(scores >= np.ravel(keep), warp(logits, sampling) > 0)
+    weights = jnp.exp(jnp.asarray(scores))[None]
+    keep = threshold(weights, sampling)
+    np.testing.assert_array_equal(np.ravel(weights >= keep), warp(logits, sampling) > 0)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 def test_a_token_above_top_p_stands_alone(top_p):
     scores = np.full((1, V), -30.0, np.float32)
     scores[0, 123] = 0.0
-    keep = threshold(jnp.asarray(scores), jnp.exp(scores), Sampling(top_p=top_p))
-    assert (scores >= np.asarray(keep)).sum() == 1
+    weights = jnp.exp(jnp.asarray(scores))
+    keep = threshold(weights, Sampling(top_p=top_p))
+    assert (weights >= keep).sum() == 1
 
 
 def test_never_a_token_of_weight_zero():

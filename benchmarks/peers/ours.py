@@ -82,9 +82,12 @@ def sampling(channel: Channel, spec: dict[str, Any]) -> None:
     policy = load(spec, param_dtype=spec["dtype"])
     params = {"params": on_device(policy.params)}
     warp = Sampling(temperature=work["temperature"], top_p=work["top_p"])
-    sample = build_sampler(policy.model, warp, work["max_new_tokens"], tuple(spec["stops"]))
     G = work["generations"]
     prompts = work["prompts"]
+    varying = work["mean_length"] > 0 and spec["program"] == "ours"
+    lanes = max(1, G // 4) if varying else 0
+    limit, stops = work["max_new_tokens"], tuple(spec["stops"])
+    sample = build_sampler(policy.model, warp, limit, stops, lanes=lanes)
     at_once = max(1, ROWS // G) if spec["program"] == "ours-batches" else prompts
 
     def run(index: int) -> dict[str, Any]:
@@ -143,19 +146,21 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
         rollout = sample({"params": state.params}, ids, lengths, sample_key, num_generations=G)
         local = jax.device_get(rollout)
         clock.append(time.perf_counter())
-        tokens = completions(local)
-        totals = np.asarray(rewards(tokenizer.decode(tokens)), np.float32).reshape(-1, G)
-        clock.append(time.perf_counter())
         width = bucket(int(local.mask.sum(-1).max()), T)
         batch = TrainBatch(
             prompt_ids=ids,
             prompt_lengths=lengths,
             ids=rollout.ids[..., :width],
             mask=rollout.mask[..., :width],
-            advantages=advantages(totals, {}, cfg.advantage, cfg.scale_rewards),
+            advantages=jnp.zeros(rollout.ended.shape),
             old_logps=rollout.logps[..., :width],
         )
         batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+        tokens = completions(local)
+        totals = np.asarray(rewards(tokenizer.decode(tokens)), np.float32).reshape(-1, G)
+        scored = advantages(totals, {}, cfg.advantage, cfg.scale_rewards)
+        batch = batch._replace(advantages=scored)
+        clock.append(time.perf_counter())
         state, stats = update(state, frozen, batch, update_key)
         stats = jax.device_get(stats)
         jax.block_until_ready(state)

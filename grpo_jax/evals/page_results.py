@@ -1,139 +1,101 @@
-"""The report's results: headline, table of arms, paired comparisons and the tax plot, as HTML."""
+"""The report's results: headline, tables of arms, paired comparisons and tax plots, as HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from grpo_jax.evals import plots
-from grpo_jax.evals.page import Json, Run, css_class, is_number, p_value, section, signed
-from grpo_jax.evals.table import (
-    COLUMNS,
-    FAILURES,
-    FLOORS,
-    MODELS,
-    Cell,
-    Column,
-    cell,
-    order,
-    title,
-)
+from grpo_jax.evals.page import View, chooser, p_value, panels, signed
+from grpo_jax.evals.runs import Json
+from grpo_jax.evals.table import COLUMNS, FAILURES, Cell, Column, cell, is_known
 
 FAILURE_NOTE = "Share of outputs. References that copy the source are not held against an arm."
 PAIRED_NOTE = (
-    "Same sentences, 95% interval and two-sided p of a paired bootstrap (Koehn 2004); coloured "
-    "where p &lt; 0.05."
+    "Row minus the chosen arm, on the same rows, with the 95% interval and the two-sided p of a "
+    "paired bootstrap (Koehn 2004); coloured where p &lt; 0.05. The p-values are not corrected for "
+    "the number of comparisons."
 )
+SEEDS_NOTE = " Means over the seeds; a resample draws seeds and rows."
+_FAILURES = {column.key for column in FAILURES}
+_HEADLINE = {column.key for column in COLUMNS}
 
 
-def head(run: Run) -> str:
-    """Name, one sentence of result, and the facts of the run."""
-    devices, config = section(run.config, "devices"), section(run.config, "config")
-    seconds = [e["seconds"] for e in run.evaluations.values() if is_number(e.get("seconds"))]
-    facts = {
-        "Model": section(config, "model").get("path"),
-        "Data": section(config, "data").get("train"),
-        "Encoder": section(config, "encoder").get("path"),
-        "Device": f"{devices.get('count', 1)} × {devices['kind']}" if "kind" in devices else None,
-        "Seed": run.config.get("seed"),
-        "Started": str(run.config.get("started", ""))[:16].replace("T", " "),
-        "Revision": str(run.config.get("git_revision") or "")[:10],
-        "Evaluated in": f"{sum(seconds):.0f} s" if seconds else None,
-    }
-    items = [
-        f"<li>{name} <b>{escape(str(value))}</b></li>"
-        for name, value in facts.items()
-        if value not in (None, "")
-    ]
-    return (
-        f'<div class="kicker">grpo_jax run</div><h1>{escape(run.name)}</h1>'
-        f'<p class="lede">{_lede(run)}</p><ul class="facts">{"".join(items)}</ul>'
-        f"{_verdicts(run)}"
-    )
+def is_multi(view: View) -> bool:
+    """True when the report averages several runs."""
+    return view.report["spread"] == "seeds"
 
 
-def _lede(run: Run) -> str:
-    arms = [arm for arm in order(run.evaluations) if arm in MODELS]
+def reference_arm(view: View, group: str) -> str | None:
+    """The arm that others are first compared with: SFT if there is one, else base."""
+    arms = view.group(group, floors=False)
+    sft = [arm for arm in arms if view.arms[arm]["method"] == "sft"]
+    return sft[0] if sft else arms[0] if arms else None
+
+
+def results(view: View, group: str) -> str:
+    """Tables of one group: scores, tasks, other test sets, failures, comparisons."""
+    arms = view.group(group)
     if not arms:
-        return "No arm has been evaluated yet; the curves show what was trained so far."
-    texts = len(run.evaluations[arms[-1]].get("samples") or [])
-    number = f"<b>{texts}</b> held-out texts" if texts else "held-out text"
-    said = " → ".join(f"<b>{escape(title(arm))}</b>" for arm in arms)
-    return (
-        f"{said}, measured on {number}: what each stage learned of the new language, and what it "
-        "cost of what the model knew before. Ranges are 95% bootstrap intervals."
-    )
-
-
-def _verdicts(run: Run) -> str:
-    """Three cards: overlap, meaning, forgetting; the last trained arm against those before it."""
-    arms = [arm for arm in order(run.evaluations) if arm in MODELS]
-    if len(arms) < 2:
-        return ""
-    columns = {column.key: column for column in COLUMNS}
-    last = run.evaluations[arms[-1]]
-    judged = cell(last, columns["judge_similarity"]) is not None
-    meaning = columns["judge_similarity" if judged else "similarity"]
-    cards = [
-        ("Overlap with the reference (chrF++)", columns["chrf++"], False),
-        (f"Meaning, {'second' if judged else 'reward’s'} encoder (cosine)", meaning, False),
-        ("Forgetting (NLL on general text over base)", columns["nll_mean"], arms[0] == "base"),
-    ]
-    return f'<div class="verdicts">{"".join(_verdict(run, arms, *card) for card in cards)}</div>'
-
-
-def _verdict(run: Run, arms: list[str], name: str, column: Column, relative: bool) -> str:
-    cells = {arm: cell(run.evaluations[arm], column) for arm in arms}
-    last, start = cells[arms[-1]], cells[arms[0]]
-    if last is None or (relative and start is None):
-        return ""
-    shift = start.value if relative and start else 0.0
-    sign = "+" if relative else ""
-    others = ", ".join(
-        f"{escape(title(arm))} {found.value - shift:{sign}.{column.digits}f}"
-        for arm, found in cells.items()
-        if found and arm != arms[-1] and not (relative and arm == arms[0])
-    )
-    tail = ""
-    compared = run.comparisons.get((arms[-2], arms[-1]), {}).get(column.key)
-    if compared:
-        gain = compared["difference"] * column.scale
-        css = ("good" if gain > 0 else "bad") if compared["p"] < 0.05 else ""
-        tail = (
-            f'<br><span class="{css}">{signed(gain, column.digits)} over '
-            f"{escape(title(arms[-2]))}, {p_value(compared['p'])}</span>"
-        )
-    return (
-        f'<div class="card verdict"><h3>{name}</h3>'
-        f"<strong>{last.value - shift:{sign}.{column.digits}f}</strong>"
-        f"<p>{escape(title(arms[-1]))}{'; ' if others else ''}{others}{tail}</p></div>"
-    )
-
-
-def results(run: Run) -> str:
-    """The headline table, the failure rates and the paired comparisons."""
-    if not run.evaluations:
         return '<p class="none">The evaluation stage has not finished an arm yet.</p>'
-    table = _results_table(run.evaluations, COLUMNS, banded=True)
+    filled = [c for c in view.columns if any(cell(view.scores[arm], c) for arm in arms)]
+    main = [c for c in filled if c.key not in _FAILURES and is_known(c)]
+    domain = [c for c in filled if c.section == "target" and c.key not in _FAILURES | _HEADLINE]
+    main = [c for c in main if c.key in _HEADLINE or c.key.startswith("judge")]
+    main.sort(key=lambda c: c.section != "target")
+    domain = [c for c in domain if c not in main]
+    tasks = [c for c in filled if c.section == "retention" and c not in main]
+    failures = [c for c in filled if c.key in _FAILURES]
+    parts = [_table(view, arms, main, f"Scores of the arms{_of(group)}", banded=True)]
     beside = []
-    if any(cell(e, column) for e in run.evaluations.values() for column in FAILURES):
-        failures = _results_table(run.evaluations, FAILURES, banded=False)
-        beside.append(
-            f'<div><h3>How outputs fail</h3><p class="sub">{FAILURE_NOTE}</p>{failures}</div>'
-        )
-    if run.comparisons:
-        compared = _comparison_table(run.comparisons)
-        beside.append(
-            f'<div><h3>Is the difference real?</h3><p class="sub">{PAIRED_NOTE}</p>{compared}</div>'
-        )
-    return f'{table}<div class="side">{"".join(beside)}</div>'
+    for name, about, columns in (
+        ("Tasks it could do before", "Measured as for base; bold: least lost.", tasks),
+        ("On other text", "Test sets that are unlike the training text.", domain),
+        ("How outputs fail", FAILURE_NOTE, failures),
+    ):
+        if columns:
+            html = _table(view, arms, columns, name, banded=False)
+            beside.append(f'<div><h3>{name}</h3><p class="sub">{about}</p>{html}</div>')
+    parts.append(f'<div class="side">{"".join(beside)}</div>' if beside else "")
+    seeds = _seeds(view, arms, filled) if is_multi(view) else ""
+    return "".join([*parts, seeds, _comparisons(view, group, arms)])
 
 
-def _results_table(
-    evaluations: Mapping[str, Json], all_columns: Sequence[Column], banded: bool
+def _seeds(view: View, arms: Sequence[str], columns: Sequence[Column]) -> str:
+    """The value of every seed behind the means."""
+    heads = "".join(f'<th scope="col">{escape(c.title)}</th>' for c in columns)
+    body = []
+    for arm in arms:
+        cells = []
+        for column in columns:
+            entry = view.scores[arm].get(column.section, {}).get(column.key, {})
+            values = (
+                "–" if v is None else f"{v * column.scale:.{column.digits}f}"
+                for v in entry.get("seeds", [])
+            )
+            cells.append(f"<td>{'<br>'.join(values) or '–'}</td>")
+        body.append(
+            f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
+            f"{''.join(cells)}</tr>"
+        )
+    number = len(view.report["workdirs"])
+    return (
+        f"<details><summary>Each seed<small>{number} runs, one below the other</small></summary>"
+        '<div class="scroll" tabindex="0"><table class="results"><caption>Each seed</caption>'
+        f'<thead><tr><th scope="col">arm</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
+        "</table></div></details>"
+    )
+
+
+def _of(group: str) -> str:
+    return f" of {group}" if group else ""
+
+
+def _table(
+    view: View, arms: Sequence[str], columns: Sequence[Column], caption: str, banded: bool
 ) -> str:
-    columns = [c for c in all_columns if any(cell(e, c) for e in evaluations.values())]
-    edge = next((c.key for c in columns if c.section == "retention"), None)
+    """One row an arm. `banded` puts target and retention under headings of their own."""
+    edge = next((c.key for c in columns if c.section == "retention"), None) if banded else None
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     heads = "".join(
         f'<th{_edge(c, edge)} scope="col" title="{escape(c.about)}">{escape(c.title)}'
@@ -143,28 +105,36 @@ def _results_table(
     band = ""
     targets = sum(c.section == "target" for c in columns)
     if banded:
-        kept = f'<th class="edge" colspan="{len(columns) - targets}">Kept of the old</th>'
-        band = f'<tr class="over"><th></th><th colspan="{targets}">Learned of the new</th>'
-        band += f"{kept if edge else ''}</tr>"
+        spans = ["<td></td>"]
+        if targets:
+            spans.append(f'<th scope="colgroup" colspan="{targets}">Learned of the new</th>')
+        if edge:
+            width = len(columns) - targets
+            spans.append(f'<th class="edge" scope="colgroup" colspan="{width}">')
+            spans.append("Kept of the old</th>")
+        band = f'<tr class="over">{"".join(spans)}</tr>'
+    if not banded:
+        arms = [arm for arm in arms if any(cell(view.scores[arm], c) for c in columns)]
+    scales = {c.key: _column_range(view, arms, c) for c in columns}
+    best = {c.key: _best(view, arms, c) for c in columns}
     body = []
-    scales = {c.key: _column_range(evaluations, c) for c in columns}
-    best = {c.key: _best(evaluations, c) for c in columns}
-    for arm in order(evaluations):
+    for arm in arms:
         cells = [
-            _result_cell(cell(evaluations[arm], c), c, scales[c.key], arm in best[c.key], edge)
+            _cell(cell(view.scores[arm], c), c, scales[c.key], arm in best[c.key], edge)
             for c in columns
         ]
         body.append(
-            f'<tr class="{css_class(arm)}"><th scope="row">{escape(title(arm))}</th>'
+            f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
             f"{''.join(cells)}</tr>"
         )
     return (
-        f'<div class="card scroll"><table class="results"><thead>{band}<tr><th></th>{heads}</tr>'
-        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
+        '<div class="card scroll" tabindex="0"><table class="results" data-sort><caption>'
+        f"{escape(caption)}</caption><thead>{band}<tr>"
+        f'<th scope="col">arm</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
 
-def _result_cell(
+def _cell(
     found: Cell | None, column: Column, scale: tuple[float, float], best: bool, edge: str | None
 ) -> str:
     if found is None:
@@ -172,51 +142,95 @@ def _result_cell(
     hint, half, bar = "", "", ""
     if found.low is not None and found.high is not None:
         digits = column.digits
-        hint = f' title="95%: {found.low:.{digits}f} to {found.high:.{digits}f}"'
+        hint = f' title="{found.low:.{digits}f} to {found.high:.{digits}f}"'
         if column.scale == 1 and column.better:
             half = f" <small>±{(found.high - found.low) / 2:.{digits}f}</small>"
         bar = plots.interval(found, *scale)
     css = " ".join(["best"] * best + ["edge"] * (column.key == edge))
-    mark = f' class="{css}"' if css else ""
-    return f"<td{mark}{hint}><b>{found.value:.{column.digits}f}</b>{half}{bar}</td>"
+    marked = f' class="{css}"' if css else ""
+    value = f"<b>{found.value:.{column.digits}f}</b>"
+    return f'<td{marked}{hint} data-value="{found.value:.8g}">{value}{half}{bar}</td>'
 
 
 def _edge(column: Column, edge: str | None) -> str:
     return ' class="edge"' if column.key == edge else ""
 
 
-def _column_range(evaluations: Mapping[str, Json], column: Column) -> tuple[float, float]:
-    found = [c for e in evaluations.values() if (c := cell(e, column))]
+def _column_range(view: View, arms: Sequence[str], column: Column) -> tuple[float, float]:
+    found = [c for arm in arms if (c := cell(view.scores[arm], column))]
     return plots.padded([v for c in found for v in c if v is not None], 0.02)
 
 
-def _best(evaluations: Mapping[str, Json], column: Column) -> set[str]:
+def _best(view: View, arms: Sequence[str], column: Column) -> set[str]:
     """The best arm that is neither a floor nor, for what was kept, the base it is compared with."""
-    arms = [a for a in evaluations if a not in FLOORS]
-    if column.section == "retention":
-        arms = [arm for arm in arms if arm != "base"]
-    values = {arm: c.value for arm in arms if (c := cell(evaluations[arm], column))}
+    values = {
+        arm: found.value
+        for arm in arms
+        if view.arms[arm]["method"] != "floor"
+        and not (column.section == "retention" and arm == "base")
+        and (found := cell(view.scores[arm], column))
+    }
     if len(set(values.values())) < 2 or not column.better:
         return set()
     top = max(values.values(), key=lambda value: value * column.better)
     return {arm for arm, value in values.items() if value == top}
 
 
-def _comparison_table(comparisons: Mapping[tuple[str, str], Json]) -> str:
-    pairs = list(comparisons)
-    heads = "".join(
-        f'<th scope="col">{escape(title(a))} → {escape(title(b))}</th>' for a, b in pairs
-    )
-    rows = []
-    for column in COLUMNS:
-        found = [comparisons[pair].get(column.key) for pair in pairs]
-        if not any(found):
-            continue
-        cells = "".join(_comparison_cell(entry, column) for entry in found)
-        rows.append(f'<tr><th scope="row">{escape(column.title)}</th>{cells}</tr>')
+def compared(view: View, first: str, second: str) -> Json:
+    """{metric: second - first with its interval and p}, whichever way round the pair is stored."""
+    for entry in view.report["comparisons"]:
+        if (entry["first"], entry["second"]) == (first, second):
+            return entry["metrics"]
+        if (entry["first"], entry["second"]) == (second, first):
+            return {
+                key: c | {"difference": -c["difference"], "low": -c["high"], "high": -c["low"]}
+                for key, c in entry["metrics"].items()
+            }
+    return {}
+
+
+def _comparisons(view: View, group: str, arms: Sequence[str]) -> str:
+    """A table for every arm that the others can be compared with."""
+    start = reference_arm(view, group)
+    if start is None:
+        return ""
+    others = [arm for arm in view.group("", floors=False) if arm == "base" and arm not in arms]
+    references = [start, *(arm for arm in [*others, *arms] if arm != start)]
+    tables = {
+        (reference,): html
+        for reference in references
+        if (html := _comparison_table(view, reference, arms))
+    }
+    if not tables:
+        return ""
+    name = f"compare-{group_id(view, group)}"
+    options = [(arm, view.title(arm)) for (arm,) in tables]
+    note = PAIRED_NOTE + (SEEDS_NOTE if is_multi(view) else "")
     return (
-        f'<div class="card scroll"><table><thead><tr><th></th>{heads}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<h3>Is the difference real?</h3><p class="sub">{note}</p>'
+        f"{chooser(name, [('Against', options)])}{panels(name, tables)}"
+    )
+
+
+def _comparison_table(view: View, reference: str, arms: Sequence[str]) -> str:
+    rows = {arm: compared(view, reference, arm) for arm in arms if arm != reference}
+    rows = {arm: found for arm, found in rows.items() if found}
+    columns = [c for c in view.columns if any(c.key in found for found in rows.values())]
+    if not columns:
+        return ""
+    heads = "".join(
+        f'<th scope="col" title="{escape(c.about)}">{escape(c.title)}</th>' for c in columns
+    )
+    body = "".join(
+        f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
+        f"{''.join(_comparison_cell(found.get(c.key), c) for c in columns)}</tr>"
+        for arm, found in rows.items()
+    )
+    return (
+        '<div class="card scroll" tabindex="0"><table class="results compared" data-sort><caption>'
+        f"Differences from {view.title(reference)}</caption><thead><tr>"
+        f'<th scope="col">minus {view.title(reference)}</th>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -229,41 +243,11 @@ def _comparison_cell(entry: Json | None, column: Column) -> str:
         css = "sure" if entry["difference"] * column.better > 0 else "sure down"
     gain, low, high = (signed(entry[k] * scale, digits) for k in ("difference", "low", "high"))
     return (
-        f'<td><span class="{css}">{gain}</span> '
-        f"<small>[{low}, {high}], {p_value(entry['p'])}</small></td>"
+        f'<td data-value="{entry["difference"] * scale:.8g}"><span class="{css}">{gain}</span>'
+        f"<small>[{low}, {high}]</small><small>{p_value(entry['p'])}</small></td>"
     )
 
 
-def tax(run: Run) -> str:
-    """Target score against retention, once by NLL and once by KL; '' if either is missing."""
-    columns = {column.key: column for column in COLUMNS}
-    models = {arm: run.evaluations[arm] for arm in order(run.evaluations) if arm not in FLOORS}
-    judged = any(cell(e, columns["judge_similarity"]) for e in models.values())
-    y = columns["judge_similarity" if judged else "similarity"]
-    if not any(cell(e, y) for e in models.values()):
-        y = columns["chrf++"]
-    floors = [
-        (title(arm), found.value)
-        for arm in FLOORS
-        if (found := cell(run.evaluations.get(arm, {}), y))
-    ]
-    y_title = {
-        "judge_similarity": "target: cosine, second encoder",
-        "similarity": "target: cosine, reward’s encoder",
-        "chrf++": "target: chrF++",
-    }[y.key]
-    figures = []
-    for key, name in (
-        ("nll_mean", "tax: rise of NLL on general text (nats a token)"),
-        ("kl_general", "tax: KL(base‖arm) on general text (nats a token)"),
-    ):
-        base = cell(models.get("base", {}), columns[key]) if key == "nll_mean" else Cell(0, 0, 0)
-        points = []
-        for arm, evaluation in models.items():
-            across, up = cell(evaluation, columns[key]), cell(evaluation, y)
-            if across and up and base:
-                moved = across.shifted(-base.value)
-                points.append(plots.Point(title(arm), css_class(arm), moved, up))
-        if len(points) > 1:
-            figures.append(plots.tax_plot(points, floors, name, y_title))
-    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
+def group_id(view: View, group: str) -> str:
+    """A name for element ids; group names come from the configuration."""
+    return str(list(dict.fromkeys(["", *(a["group"] for a in view.arms.values())])).index(group))

@@ -15,16 +15,19 @@ import numpy as np
 
 from grpo_jax.evals.table import Cell
 
-MAX_POINTS = 400  # a line; longer series are averaged over equal stretches
+SHAPES = ("circle", "square", "diamond", "up", "down", "cross", "pentagon")
 
 
-class Point(NamedTuple):
-    """An arm in a scatter plot."""
+class Line(NamedTuple):
+    """One curve of a chart."""
 
-    label: str
+    name: str  # of its arm; "" when the chart has one line
     css: str  # class that sets its colour
-    x: Cell
-    y: Cell
+    steps: Sequence[float]
+    values: Sequence[float]
+    last: float  # the last value itself, where `values` are means of stretches
+    spread: Sequence[float] | None = None  # drawn as a band values +- spread
+    dash: bool = False
 
 
 class Scale(NamedTuple):
@@ -38,23 +41,6 @@ class Scale(NamedTuple):
     def __call__(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
-
-
-class Box(NamedTuple):
-    """A rectangle in pixels, y downwards."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
-def _box(left: float, bottom: float, width: float, height: float) -> Box:
-    return Box(left, bottom - height, left + width, bottom)
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a.left < b.right and b.left < a.right and a.top < b.bottom and b.top < a.bottom
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -101,111 +87,86 @@ def interval(found: Cell, low: float, high: float) -> str:
     return "".join(parts)
 
 
-def line_chart(
-    name: str,
-    steps: Sequence[float],
-    values: Sequence[float],
-    spread: Sequence[float] | None = None,
-    css: str = "",
-    note: str = "",
-) -> str:
-    """One metric over steps as a <figure>, with a moving average once the series is long.
+def mark(index: int | None, x: float, y: float, r: float) -> str:
+    """An arm's mark: its shape tells arms apart where colours do not; None is a ring."""
+    if index is None:
+        return f'<circle class="marker ring" cx="{x}" cy="{y}" r="{r - 0.5:g}"/>'
+    shape = SHAPES[index % len(SHAPES)]
+    if shape == "circle":
+        return f'<circle class="marker" cx="{x}" cy="{y}" r="{r:g}"/>'
+    corners = {
+        "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        "diamond": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
+        "up": [(0, -1.15), (1.1, 0.85), (-1.1, 0.85)],
+        "down": [(0, 1.15), (1.1, -0.85), (-1.1, -0.85)],
+        "cross": [
+            (-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4),
+            (0.4, 1.1), (-0.4, 1.1), (-0.4, 0.4), (-1.1, 0.4), (-1.1, -0.4), (-0.4, -0.4),
+        ],
+        "pentagon": [(0, -1.1), (1.05, -0.34), (0.65, 0.9), (-0.65, 0.9), (-1.05, -0.34)],
+    }[shape]  # fmt: skip
+    points = " ".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in corners)
+    return f'<polygon class="marker" points="{points}"/>'
+
+
+def line_chart(name: str, lines: Sequence[Line], note: str = "") -> str:
+    """One metric over steps as a <figure>; long series are drawn with a moving average.
 
     Args:
       name: shown above the plot.
-      steps, values: the series; at least one point.
-      spread: drawn as a band values +- spread.
-      css: extra class, which sets the colour.
+      lines: the series, each with at least one point.
       note: small text beside the name.
     """
-    x, y, band = _thin(steps, values, spread)
     width, height = 340, 150
-    bounds = [*y, *(y - band), *(y + band)] if band is not None else list(y)
-    low, high = padded([float(b) for b in bounds], 0.06)
-    across = Scale(float(x[0]), float(x[-1]) if x[-1] > x[0] else float(x[0]) + 1, 44, width - 8)
+    series = [(np.asarray(li.steps, float), np.asarray(li.values, float)) for li in lines]
+    bounds = [float(v) for _, y in series for v in y]
+    for line, (_, y) in zip(lines, series, strict=True):
+        if line.spread is not None:
+            bounds += [float(v) for v in (*(y - line.spread), *(y + line.spread))]
+    first, last = min(x[0] for x, _ in series), max(x[-1] for x, _ in series)
+    low, high = padded(bounds, 0.06)
+    across = Scale(float(first), float(last if last > first else first + 1), 44, width - 8)
     up = Scale(low, high, height - 20, 8)
-    smooth = _smooth(y)
-    parts = [f'<figure class="chart {css}"><figcaption><b>{_breakable(name)}</b>']
-    parts.append(f'<output data-last="{short(float(values[-1]))}">{short(float(values[-1]))}')
-    parts.append(f"</output><i>{escape(note)}</i></figcaption>")
-    parts.append(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}: ')
-    parts.append(f'from {short(float(values[0]))} to {short(float(values[-1]))}">')
-    parts += [_grid_y(tick, up, 44, width - 8) for tick in ticks(low, high)]
-    parts += [_label_x(tick, across, height) for tick in ticks(float(x[0]), float(x[-1]))]
-    if band is not None:
-        top = [f"{across(a)},{up(b)}" for a, b in zip(x, y + band, strict=True)]
-        bottom = [f"{across(a)},{up(b)}" for a, b in zip(x, y - band, strict=True)]
-        parts.append(f'<polygon class="band" points="{" ".join(top + bottom[::-1])}"/>')
-    if smooth is not None:
-        parts.append(_polyline(x, y, across, up, "raw"))
-    parts.append(_polyline(x, y if smooth is None else smooth, across, up, "line"))
-    if len(x) <= 24:
-        dots = zip(x, y, strict=True)
-        parts += [f'<circle class="dot" cx="{across(a)}" cy="{up(b)}" r="2.2"/>' for a, b in dots]
+    single = len(lines) == 1
+    value = short(lines[0].last) if single else ""
+    spoken = f"from {short(series[0][1][0])} to {value}" if single else f"{len(lines)} arms"
+    parts = [f'<figure class="chart"><figcaption><b>{_breakable(name)}</b>']
+    parts.append(f'<output data-last="{value}">{value}</output>')
+    parts.append(f'<i>{escape(note)}</i></figcaption><svg viewBox="0 0 {width} {height}" ')
+    parts.append(f'role="img" aria-label="{escape(name)}: {spoken}">')
+    parts += [grid_y(tick, up, 44, width - 8) for tick in ticks(low, high)]
+    parts += [label_x(tick, across, height) for tick in ticks(float(first), float(last))]
+    for line, (x, y) in zip(lines, series, strict=True):
+        parts.append(_line(line, x, y, across, up, single))
     parts.append('<line class="cursor" y1="8" y2="130"/><circle class="cursor" r="3.5"/>')
-    series = [
-        [across(float(a)), up(float(b)), a, short(float(b))] for a, b in zip(x, y, strict=True)
+    read = [
+        [line.name, [[round(float(a), 1), short(float(b))] for a, b in zip(x, y, strict=True)]]
+        for line, (x, y) in zip(lines, series, strict=True)
     ]
-    data = escape(json.dumps(series), quote=True)
+    data = escape(json.dumps(read, ensure_ascii=False, separators=(",", ":")), quote=True)
     parts.append(f'<rect class="hit" x="44" width="{width - 52}" height="{height}" ')
     parts.append(f'data-series="{data}"/></svg></figure>')
     return "".join(parts)
 
 
-def tax_plot(
-    points: Sequence[Point], floors: Sequence[tuple[str, float]], x_title: str, y_title: str
-) -> str:
-    """Gained (up) against lost (right), one point an arm with its intervals, floors as lines."""
-    width, height, left, bottom = 440, 310, 56, 44
-    ends_x = [v for p in points for v in (p.x.value, p.x.low, p.x.high) if v is not None]
-    ends_y = [v for p in points for v in (p.y.value, p.y.low, p.y.high) if v is not None]
-    x_low, x_high = padded([*ends_x, 0.0], 0.16)
-    y_low, y_high = padded([*ends_y, *(value for _, value in floors)], 0.12)
-    across = Scale(x_low, x_high, left, width - 14)
-    up = Scale(y_low, y_high, height - bottom, 14)
-    parts = [f'<figure class="tax"><svg viewBox="0 0 {width} {height}" role="img" aria-label="']
-    parts.append(f'{escape(y_title)} against {escape(x_title)}">')
-    parts += [_grid_y(tick, up, left, width - 14) for tick in ticks(y_low, y_high, 5)]
-    for tick in ticks(x_low, x_high, 5):
-        at = across(tick)
-        parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="14" y2="{height - bottom}"/>')
-        parts.append(_label_x(tick, across, height - 26))
-    for label, value in floors:
-        parts.append(f'<line class="floor" x1="{left}" x2="{width - 14}" ')
-        parts.append(f'y1="{up(value)}" y2="{up(value)}"/>')
-        parts.append(f'<text class="floor" x="{width - 16}" y="{up(value) - 5}" ')
-        parts.append(f'text-anchor="end">{escape(label)}</text>')
-    parts.append(f'<text class="hint" x="{left + 8}" y="28">↖ learned more, forgot less</text>')
-    parts.append(f'<text class="axis" x="{(left + width) / 2}" y="{height - 4}" ')
-    parts.append(f'text-anchor="middle">{escape(x_title)}</text>')
-    parts.append(f'<text class="axis" transform="translate(13 {(height - bottom) / 2 + 7}) ')
-    parts.append(f'rotate(-90)" text-anchor="middle">{escape(y_title)}</text>')
-    taken = [_box(across(p.x.value) - 8, up(p.y.value) + 8, 16, 16) for p in points]
-    for point in points:
-        parts.append(_marked_point(point, across, up, width - 14, taken))
-    return "".join([*parts, "</svg></figure>"])
-
-
-def _marked_point(point: Point, across: Scale, up: Scale, right: int, taken: list[Box]) -> str:
-    """An arm: error bars, marker and a label that keeps clear of the boxes in `taken`."""
-    x, y = across(point.x.value), up(point.y.value)
-    spoken = f"{point.label}: {short(point.x.value)}, {short(point.y.value)}"
-    parts = [f'<g class="{escape(point.css)}"><title>{escape(spoken)}</title>']
-    if point.x.low is not None and point.x.high is not None:
-        parts.append(f'<line class="error" x1="{across(point.x.low)}" ')
-        parts.append(f'x2="{across(point.x.high)}" y1="{y}" y2="{y}"/>')
-    if point.y.low is not None and point.y.high is not None:
-        parts.append(f'<line class="error" x1="{x}" x2="{x}" y1="{up(point.y.low)}" ')
-        parts.append(f'y2="{up(point.y.high)}"/>')
-    length = 8.2 * len(point.label)
-    places = [_box(x + dx, y + dy, length, 15) for dy in (-9, 20) for dx in (10, -10 - length)]
-    box = next(
-        (p for p in places if p.right < right and not any(_overlap(p, t) for t in taken)), places[0]
-    )
-    taken.append(box)
-    parts.append(f'<circle class="marker" cx="{x}" cy="{y}" r="6"/>')
-    parts.append(f'<text class="name" x="{box.left:.1f}" y="{box.bottom:.1f}">')
-    return "".join([*parts, escape(point.label), "</text></g>"])
+def _line(line: Line, x: np.ndarray, y: np.ndarray, across: Scale, up: Scale, single: bool) -> str:
+    """Band, points and moving average; class "data" is on the polyline that holds the points."""
+    smooth = _smooth(y)
+    dash = " dash" if line.dash else ""
+    parts = [f'<g class="{escape(line.css)}{dash}">']
+    if line.spread is not None:
+        top = [f"{across(a)},{up(b)}" for a, b in zip(x, y + line.spread, strict=True)]
+        bottom = [f"{across(a)},{up(b)}" for a, b in zip(x, y - line.spread, strict=True)]
+        parts.append(f'<polygon class="band" points="{" ".join(top + bottom[::-1])}"/>')
+    if smooth is not None:
+        css = "raw data" if single else "raw data faint"
+        parts.append(_polyline(x, y, across, up, css))
+    parts.append(_polyline(x, y if smooth is None else smooth, across, up,
+                           "line data" if smooth is None else "line"))  # fmt: skip
+    if len(x) <= 24:
+        dots = zip(x, y, strict=True)
+        parts += [f'<circle class="dot" cx="{across(a)}" cy="{up(b)}" r="2.2"/>' for a, b in dots]
+    return "".join([*parts, "</g>"])
 
 
 def _breakable(name: str) -> str:
@@ -213,7 +174,8 @@ def _breakable(name: str) -> str:
     return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
-def _grid_y(tick: float, up: Scale, start: float, end: float) -> str:
+def grid_y(tick: float, up: Scale, start: float, end: float) -> str:
+    """A horizontal grid line and its number."""
     at = up(tick)
     return (
         f'<line class="grid" x1="{start}" x2="{end}" y1="{at}" y2="{at}"/>'
@@ -221,7 +183,8 @@ def _grid_y(tick: float, up: Scale, start: float, end: float) -> str:
     )
 
 
-def _label_x(tick: float, across: Scale, height: float) -> str:
+def label_x(tick: float, across: Scale, height: float) -> str:
+    """A number under the horizontal axis."""
     at = across(tick)
     return f'<text class="tick" x="{at}" y="{height - 5}" text-anchor="middle">{short(tick)}</text>'
 
@@ -229,19 +192,6 @@ def _label_x(tick: float, across: Scale, height: float) -> str:
 def _polyline(x: np.ndarray, y: np.ndarray, across: Scale, up: Scale, css: str) -> str:
     points = " ".join(f"{across(a)},{up(b)}" for a, b in zip(x, y, strict=True))
     return f'<polyline class="{css}" points="{points}"/>'
-
-
-def _thin(
-    steps: Sequence[float], values: Sequence[float], spread: Sequence[float] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """At most MAX_POINTS points, each the mean of a stretch of the series."""
-    groups = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
-
-    def mean(series: Sequence[float]) -> np.ndarray:
-        array = np.asarray(series, np.float64)
-        return np.array([array[group].mean() for group in groups])
-
-    return mean(steps), mean(values), None if spread is None else mean(spread)
 
 
 def _smooth(y: np.ndarray) -> np.ndarray | None:

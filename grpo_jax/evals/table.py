@@ -1,13 +1,17 @@
-"""Arms and columns of the results, and the plain-text table at the end of a run.
+"""Columns of the results, cells of an evaluation, and the plain-text table at the end of a run.
 
 An evaluation is what WORKDIR/evaluation/ARM.json holds: {"arm", "target": {metric: {"value",
 "low", "high"}}, "retention": {metric: number or the same}, "samples", "seconds", "tokens"}.
 Anything may be missing: floors have no retention, a run without a judge no judge similarity.
+
+Metrics that are not listed here get a column of their own: "SET/METRIC" under target is a metric on
+another test set, "judge_similarity/NAME" one more judge, and anything else under retention a task
+of which more is better, unless its entry says {"better": -1} or 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # In the order of the rows; unknown arms come after the models and before the floors.
@@ -45,6 +49,7 @@ FAILURES = (
     Column("empty_rate", "target", "empty %", 1, 100, -1, "outputs without visible text"),
     Column("repeated_4grams", "target", "repeats %", 1, 100, -1, "4-grams that occurred before"),
 )
+_KNOWN = {column.key: column for column in (*COLUMNS, *FAILURES)}
 
 
 class Cell(NamedTuple):
@@ -60,16 +65,58 @@ class Cell(NamedTuple):
         return Cell(self.value + by, low, high)
 
 
+def is_number(value: Any) -> bool:
+    """True for ints and floats, not for bools."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def cell(evaluation: Mapping[str, Any], column: Column) -> Cell | None:
     """Look a column up in an evaluation; None where it was not measured."""
-    entry = (evaluation.get(column.section) or {}).get(column.key)
+    section = evaluation.get(column.section)
+    entry = section.get(column.key) if isinstance(section, Mapping) else None
     if not isinstance(entry, Mapping):
         entry = {"value": entry}
     value, low, high = (
-        float(entry[name]) * column.scale if isinstance(entry.get(name), int | float) else None
+        float(entry[name]) * column.scale if is_number(entry.get(name)) else None
         for name in ("value", "low", "high")
     )
     return None if value is None else Cell(value, low, high)
+
+
+def columns(evaluations: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """The columns that these evaluations fill: COLUMNS and FAILURES first, then their own."""
+    evaluations = list(evaluations)
+    found = {c.key: c for c in _KNOWN.values() if any(cell(e, c) for e in evaluations)}
+    for section in ("target", "retention"):
+        for evaluation in evaluations:
+            entries = evaluation.get(section)
+            for key, entry in entries.items() if isinstance(entries, Mapping) else ():
+                column = _unlisted(str(key), section, entry)
+                if key not in found and cell(evaluation, column):
+                    found[str(key)] = column
+    return list(found.values())
+
+
+def is_known(column: Column) -> bool:
+    """True for a column of COLUMNS or FAILURES, and for another judge's similarity."""
+    return column.key in _KNOWN or column.key.split("/")[0] in _KNOWN
+
+
+def _unlisted(key: str, section: str, entry: Any) -> Column:
+    first, _, last = key.rpartition("/")
+    if first in _KNOWN:  # judge_similarity/NAME
+        like, name = _KNOWN[first], last
+        return like._replace(key=key, title=f"{like.title} {name}", about=f"{like.about}: {name}")
+    if last in _KNOWN and section == "target":  # SET/chrf++
+        like = _KNOWN[last]
+        return like._replace(key=key, title=f"{first} {like.title}")
+    better = entry.get("better", 1) if isinstance(entry, Mapping) else 1
+    value: Any = entry.get("value") if isinstance(entry, Mapping) else entry
+    digits = 1 if is_number(value) and abs(value) > 1.5 else 3
+    better = better if better in (-1, 0, 1) else 1
+    return Column(
+        key, section, key.replace("_", " "), digits, 1, better, f"as {section} reports it"
+    )
 
 
 def order(arms: Iterable[str]) -> list[str]:
@@ -89,23 +136,28 @@ def title(arm: str) -> str:
     return MODELS.get(arm) or FLOORS.get(arm) or arm
 
 
-def table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def table(evaluations: Mapping[str, Mapping[str, Any]], arms: Sequence[str] | None = None) -> str:
     """Lay evaluations out as plain text: one row an arm, target metrics | retention.
 
     Args:
       evaluations: {arm: evaluation}. Columns that no arm has are left out; '-' marks a gap; ± is
-        half the width of the 95% interval.
+        half the width of the interval that the evaluation states (95%, or one standard deviation
+        to each side when seeds were averaged).
+      arms: the rows, in their order; None takes all, ordered by `order`.
 
     Returns:
       Lines without a trailing newline; '' when there is nothing to show.
     """
-    shown = [c for c in COLUMNS if any(cell(e, c) for e in evaluations.values())]
+    arms = order(evaluations) if arms is None else [arm for arm in arms if arm in evaluations]
+    failures = {column.key for column in FAILURES}
+    shown = [c for c in columns(evaluations[arm] for arm in arms) if c.key not in failures]
+    shown.sort(key=lambda column: column.section != "target")
     if not shown:
         return ""
     header = ["", *(column.title for column in shown)]
     lines = [
         [title(arm), *(_text(cell(evaluations[arm], column), column) for column in shown)]
-        for arm in order(evaluations)
+        for arm in arms
     ]
     grid = [header, *lines]
     widths = [max(len(row[i]) for row in grid) for i in range(len(header))]

@@ -22,16 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.config import (
-    STAGES,
-    TRAINING,
-    Config,
-    fingerprint,
-    flatten,
-    identity,
-    stage_fields,
-    to_dict,
-)
+from grpo_jax.config import STAGES, TRAINING, Config
+from grpo_jax.config_dicts import fingerprint, flatten, identity, stage_fields, to_dict
 from grpo_jax.infra import distributed
 from grpo_jax.infra.provenance import describe_run
 

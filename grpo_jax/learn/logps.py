@@ -90,7 +90,7 @@ class _Sums(NamedTuple):
 
     loss: Array
     stats: Stats
-    head: Array  # float32 [D, V], the gradient
+    table: Array  # float32 [V, D], the head's gradient transposed
 
 
 def _loss_and_flow(
@@ -104,11 +104,11 @@ def _loss_and_flow(
 ) -> tuple[tuple[Array, Stats], tuple[Array, Array]]:
     """The loss with its Stats, and its gradients by hidden and head."""
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
-    kernel = head.astype(hidden.dtype)
+    table = head.T.astype(hidden.dtype)  # [V, D], as a tied embedding lies in memory
 
     def chunk(sums: _Sums, xs: tuple[Array, Array, Tokens]) -> tuple[_Sums, Array]:
         hidden, targets, tokens = xs
-        capped = _scores(hidden, kernel, cap)
+        capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         probs = jnp.exp(scores - log_normaliser)
@@ -122,20 +122,20 @@ def _loss_and_flow(
         if cap:
             flow = flow * (1.0 - (capped / cap) ** 2)
         flow = flow.astype(hidden.dtype)
-        to_head = jnp.matmul(hidden.T, flow, preferred_element_type=jnp.float32)
+        to_table = _matmul("tv,td->vd", flow, hidden)
         means = jax.tree.map(jnp.add, sums.stats.means, stats.means)
         maxima = jax.tree.map(jnp.maximum, sums.stats.maxima, stats.maxima)
-        sums = _Sums(sums.loss + loss, Stats(means, maxima), sums.head + to_head)
-        return sums, jnp.matmul(flow, kernel.T)
+        sums = _Sums(sums.loss + loss, Stats(means, maxima), sums.table + to_table)
+        return sums, _matmul("tv,vd->td", flow, table).astype(hidden.dtype)
 
     chunks = _Chunks.of(targets.shape, head.shape[1])
     xs = jax.tree.map(chunks.split, (hidden, targets, tokens))
     first = jax.tree.map(lambda x: x[0], xs)
     shapes = jax.eval_shape(loss_fn, *([jnp.zeros(first[1].shape)] * 2), first[2])
     loss, stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = _Sums(loss, stats, jnp.zeros(head.shape, jnp.float32))
+    start = _Sums(loss, stats, jnp.zeros(table.shape, jnp.float32))
     sums, to_hidden = jax.lax.scan(chunk, start, xs)
-    gradients = (chunks.merge(to_hidden).astype(hidden.dtype), sums.head.astype(head.dtype))
+    gradients = (chunks.merge(to_hidden), sums.table.T.astype(head.dtype))
     return (sums.loss, sums.stats), gradients
 
 
@@ -178,8 +178,12 @@ def forward_kl(
 
 def _scores(hidden: Array, head: Array, cap: float) -> Array:
     # Cast inside the chunk, so that the backward pass casts each chunk's share before adding it.
-    head = head.astype(hidden.dtype)
-    return softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), cap)
+    return softcap(_matmul("td,dv->tv", hidden, head.astype(hidden.dtype)), cap)
+
+
+def _matmul(spec: str, a: Array, b: Array) -> jax.Array:
+    """A product that adds up in float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 class _Chunks(NamedTuple):

@@ -1,6 +1,6 @@
 """Drawing one token a row from logits, and its log-probability.
 
-Every truncation (top-k, top-p, min-p) keeps the tokens whose logit reaches some threshold, so
+Every truncation (top-k, top-p, min-p) keeps the tokens whose probability reaches some threshold, so
 warping is finding a threshold and nothing is ever sorted. The draw itself is an inverse CDF in two
 levels, blocks and then tokens, which touches the vocabulary twice and needs two uniforms a row
 (one float32 uniform cannot resolve probabilities below 1e-7; a second inside the block can).
@@ -17,7 +17,7 @@ from grpo_jax.config import Sampling
 Array = jax.Array
 
 BLOCK = 256  # tokens a block of the two-level search
-BISECTIONS = 24  # halvings of the logit range: 30 / 2^24 is float32's own resolution
+BISECTIONS = 24  # halvings of the range of log-probabilities: 30 / 2^24 is float32's own resolution
 LOWEST = -30.0  # log of the smallest probability, relative to the largest, that top-p can keep
 
 
@@ -42,55 +42,55 @@ def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Arr
     if sampling.temperature == 0:
         tokens = _argmax(scores)
     else:
-        keep = threshold(scores, weights, sampling)
+        keep = threshold(weights, sampling)
         if keep is not None:
-            weights = jnp.where(scores >= keep[:, None], weights, 0.0)
+            weights = jnp.where(weights >= keep[:, None], weights, 0.0)
         tokens = _inverse_cdf(weights, uniforms)
     logps = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0] - log_normaliser
     return tokens, logps
 
 
-def threshold(scores: Array, weights: Array, sampling: Sampling) -> Array | None:
-    """The smallest score that survives truncation.
+def threshold(weights: Array, sampling: Sampling) -> Array | None:
+    """The smallest weight that survives truncation.
 
     Args:
-      scores: float32 [R, V], largest 0 in every row.
-      weights: exp(scores).
+      weights: float32 [R, V], probabilities relative to the largest, which is 1 in every row.
       sampling: which truncations.
 
     Returns:
       float32 [R], or None when nothing is truncated.
     """
     keep = None
-    vocab_size = scores.shape[-1]
+    vocab_size = weights.shape[-1]
     if 0 < sampling.top_k < vocab_size:
-        keep = jax.lax.top_k(scores, sampling.top_k)[0][:, -1]
-        weights = jnp.where(scores >= keep[:, None], weights, 0.0)
+        keep = jax.lax.top_k(weights, sampling.top_k)[0][:, -1]
+        weights = jnp.where(weights >= keep[:, None], weights, 0.0)
     if sampling.top_p < 1.0:
-        nucleus = _nucleus(scores, weights, sampling.top_p)
+        nucleus = _nucleus(weights, sampling.top_p)
         keep = nucleus if keep is None else jnp.maximum(keep, nucleus)
     if sampling.min_p > 0.0:
-        floor = jnp.full(scores.shape[:1], jnp.log(sampling.min_p), scores.dtype)
+        floor = jnp.full(weights.shape[:1], sampling.min_p, weights.dtype)
         keep = floor if keep is None else jnp.maximum(keep, floor)
     return keep
 
 
-def _nucleus(scores: Array, weights: Array, top_p: float) -> Array:
+def _nucleus(weights: Array, top_p: float) -> Array:
     """The largest threshold whose survivors hold at least top_p of the mass (arXiv 1904.09751)."""
     wanted = top_p * jnp.sum(weights, axis=-1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # mass(low) >= wanted always
-        middle = 0.5 * (low + high)
-        mass = jnp.sum(jnp.where(scores >= middle[:, None], weights, 0.0), axis=-1)
-        enough = mass >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def enough(floor: Array) -> Array:
+        return jnp.sum(jnp.where(weights >= floor[:, None], weights, 0.0), axis=-1) >= wanted
 
-    low = jnp.full(wanted.shape, LOWEST, scores.dtype)
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # logarithms; enough(exp(low)) always
+        middle = 0.5 * (low + high)
+        holds = enough(jnp.exp(middle))
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low = jnp.full(wanted.shape, LOWEST, weights.dtype)
     low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, jnp.zeros_like(low)))
     # If the top token alone suffices, `high` never moved from 0 and is itself the answer.
-    top_mass = jnp.sum(jnp.where(scores >= 0.0, weights, 0.0), axis=-1)
-    return jnp.where(top_mass >= wanted, 0.0, low)
+    return jnp.where(enough(jnp.ones_like(low)), 1.0, jnp.exp(low))
 
 
 def _blocks(x: Array, fill: float) -> Array:

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import stage_fields, to_dict
+from grpo_jax.config_dicts import stage_fields, to_dict
 from grpo_jax.data.batches import in_order, sft_batch
 from grpo_jax.data.corpus import Example
+from grpo_jax.evals import report as report_lib
 from grpo_jax.evals.floors import copy_source, translation_memory
 from grpo_jax.evals.metrics import translation_metrics
-from grpo_jax.evals.report import build
+from grpo_jax.evals.preference import judge_arms
 from grpo_jax.evals.retention import summarise
-from grpo_jax.evals.table import table
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.workdir import read_json, write_json
@@ -45,6 +45,11 @@ def run_evaluate(run: Run) -> None:
             sources, [row.source for row in seen], [row.target for row in seen]
         )
         _write(run, "tm", _score(run, found, examples))
+    if run.cfg.evaluation.preference.base_url and distributed.is_main():
+        cfg = run.cfg.evaluation
+        samples = {arm: result["samples"] for arm, result in results(run).items()}
+        verdicts = judge_arms(cfg.preference, samples, cfg.bootstrap, run.cfg.data.seed)
+        write_json(run.workdir.path / "preference.json", verdicts)
 
 
 def measure_arm(run: Run, arm: str) -> None:
@@ -62,6 +67,7 @@ def measure_arm(run: Run, arm: str) -> None:
     assert continuations is not None, "base is measured before the arms that are compared with it"
     base = params if arm == "base" else load_params(run, "base")
     result["retention"] = _retention(run, base, params, continuations["samples"])
+    result["tasks"] = run.tasks.run(params)
     result["tokens"] = sum(len(ids) for ids in generated.ids)
     result["completions"] = {"clipped_ratio": float(1 - generated.ended.mean())}
     result["seconds"] = time.monotonic() - began
@@ -75,10 +81,11 @@ def results(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def report(run: Run) -> str:
-    """Writes report.html and returns the table for the terminal."""
+    """Writes report.html and report.json and returns the table for the terminal."""
+    found = report_lib.read(run.workdir.path)
     if distributed.is_main():
-        build(run.workdir.path)
-    return table(results(run))
+        report_lib.write(found, run.workdir.path)
+    return report_lib.plain(found)
 
 
 def _examples(run: Run) -> list[Example]:
@@ -92,7 +99,9 @@ def _measured(run: Run, arm: str) -> dict[str, Any] | None:
 
 
 def _inputs(run: Run) -> dict[str, Any]:
-    return stage_fields(to_dict(run.cfg), "evaluate")
+    """The fields that decide what is measured; the preference judge comes after it."""
+    fields = stage_fields(to_dict(run.cfg), "evaluate")
+    return {k: v for k, v in fields.items() if not k.startswith("evaluation.preference.")}
 
 
 def _write(run: Run, arm: str, result: dict[str, Any]) -> None:
@@ -105,6 +114,7 @@ def _score(run: Run, texts: list[str], examples: list[Example]) -> dict[str, Any
     """Target metrics and samples of one system's outputs."""
     rows = [example.row for example in examples]
     anchors = [row.target or row.source for row in rows]
+    in_language = run.scorer.gate(texts)
     cosines = {"similarity": run.scorer.similarity(texts, anchors)}
     if run.judge is not None:
         cosines["judge_similarity"] = similarity(run.judge, texts, anchors)
@@ -113,13 +123,14 @@ def _score(run: Run, texts: list[str], examples: list[Example]) -> dict[str, Any
         [row.target for row in rows],
         [row.source for row in rows],
         cosines,
-        run.scorer.gate(texts),
+        in_language,
         run.cfg.evaluation.bootstrap,
         run.cfg.data.seed,
     )
     samples = []
     for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
         scores = {name: float(values[i]) for name, values in cosines.items()}
+        scores["language_consistency"] = int(in_language[i])
         samples.append(_sample(text, row) | scores)
     return {"target": target, "samples": samples}
 
@@ -130,25 +141,35 @@ def _sample(text: str, row: Row) -> dict[str, Any]:
 
 def _retention(
     run: Run, base: dict, params: dict, continuations: list[dict[str, Any]]
-) -> dict[str, float]:
-    """Likelihood and drift on general text, and drift along the base's answers to the task."""
+) -> dict[str, Any]:
+    """Likelihood and drift on general text, and drift along the base's answers to the task.
+
+    A measure is {"value": ..., "rows": [[sum, tokens], ...]}, a row a passage or a prompt, so that
+    arms can be compared in pairs.
+    """
     data, limit = run.cfg.data, run.cfg.evaluation.max_retention_length
     nothing = Row("", "", "")
-    out = {}
+    out: dict[str, Any] = {}
     if run.retention:
         passages = [Example(nothing, ids[:1], ids[1:]) for ids in run.retention]
-        sums = _sum_over_tokens(run, base, params, passages, 1, limit)
-        scores = summarise(*sums)
-        out = {"nll_mean": scores["nll_mean"], "nll_p90": scores["nll_p90"]}
-        out["kl_general"] = scores["kl"]
+        nll, kl, lengths = _sum_over_tokens(run, base, params, passages, 1, limit)
+        scores = summarise(nll, kl, lengths)
+        out["nll_mean"] = {"value": scores["nll_mean"], "rows": _rows(nll, lengths)}
+        out["nll_p90"] = scores["nll_p90"]  # its interval comes from nll_mean's rows
+        out["kl_general"] = {"value": scores["kl"], "rows": _rows(kl, lengths)}
     answers = [
         Example(example.row, example.prompt_ids, sample["ids"])
         for example, sample in zip(_examples(run), continuations, strict=True)
     ]
-    sums = _sum_over_tokens(
+    nll, kl, lengths = _sum_over_tokens(
         run, base, params, answers, data.max_prompt_length, data.max_completion_length
     )
-    return out | {"kl_task": summarise(*sums)["kl"]}
+    value = summarise(nll, kl, lengths)["kl"]
+    return out | {"kl_task": {"value": value, "rows": _rows(kl, lengths)}}
+
+
+def _rows(sums: np.ndarray, lengths: np.ndarray) -> list[list[float]]:
+    return np.stack([sums, lengths], axis=1).tolist()
 
 
 def _sum_over_tokens(

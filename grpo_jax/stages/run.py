@@ -31,6 +31,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
+from grpo_jax.stages.tasks import TaskRunner, open_tasks
 from grpo_jax.structs import TrainState
 from grpo_jax.text.language import LanguageGate
 
@@ -54,6 +55,7 @@ class Run:
     retention: list[list[int]]  # tokenized passages of general text
     greedy: Any  # the greedy sampler
     drift: Any  # `build_retention`'s function
+    tasks: TaskRunner
     key: jax.Array
 
     @property
@@ -130,6 +132,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         retention=_read_passages(cfg, base.tokenizer),
         greedy=greedy,
         drift=build_retention(model),
+        tasks=open_tasks(cfg, base, model, mesh),
         key=jax.random.key(workdir.seed),
     )
 
@@ -177,6 +180,7 @@ def _check_lengths(cfg: Config, positions: int) -> None:
             data.max_prompt_length + data.max_completion_length,
         ),
         ("evaluation.max_retention_length", cfg.evaluation.max_retention_length),
+        ("evaluation.max_task_length", cfg.evaluation.max_task_length * bool(cfg.evaluation.tasks)),
     ):
         if length > positions:
             raise ValueError(

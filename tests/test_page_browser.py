@@ -1,0 +1,256 @@
+"""The report in a real browser: it loads in silence, and its lists, tables and search work.
+
+Without a browser these tests are skipped; what does not need one is in test_report.py. A browser
+that is not on the path can be named by the environment variable CHROMIUM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import browser
+import pytest
+from report_runs import ARMS, tree
+
+from grpo_jax.evals import report
+
+if browser.find() is None:
+    pytest.skip(
+        f"no browser: none of {', '.join(browser.NAMES)} is on the path, and CHROMIUM is not set",
+        allow_module_level=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of many arms in two groups."""
+    return report.build(tree(tmp_path_factory.mktemp("page") / "run", samples=45))
+
+
+@pytest.fixture
+def page(chromium: browser.Browser, written: Path) -> Iterator[browser.Browser]:
+    """The page, freshly loaded; whatever a test does, the page must not complain."""
+    chromium.size(1300)
+    chromium.open(written)
+    yield chromium
+    assert chromium.errors == []
+
+
+def choose(page: browser.Browser, selector: str, value: str) -> None:
+    """What picking an entry of a list, or typing, does."""
+    event = "input" if selector == "#find" else "change"
+    page.run(
+        f"(() => {{ const at = document.querySelector({json.dumps(selector)});"
+        f"at.value = {json.dumps(value)};"
+        f"at.dispatchEvent(new Event('{event}', {{bubbles: true}})); }})()"
+    )
+
+
+def sources(page: browser.Browser) -> list[int]:
+    """The numbers of the samples that are shown, in order."""
+    found = page.run("[...document.querySelectorAll('.sample .source dd')].map(e => e.textContent)")
+    return [int(text.split()[-1]) for text in found]
+
+
+def test_page_loads_alone_and_in_silence(page: browser.Browser, written: Path) -> None:
+    assert page.requests == [written.as_uri()]
+    assert page.errors == []
+    assert page.run("document.querySelectorAll('script').length") == 1
+    assert page.run("document.querySelectorAll('article script, article b').length") == 0
+
+
+def test_a_forbidden_script_would_be_noticed(chromium: browser.Browser, tmp_path: Path) -> None:
+    """The silence above means something: a script that data smuggled in is refused, and named."""
+    text = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
+    (tmp_path / "bad.html").write_text(text + "<script>1</script><img src='x.png'>")
+    chromium.open(tmp_path / "bad.html")
+    assert len(chromium.errors) >= 2 and "Content Security Policy" in chromium.errors[0]
+
+
+def test_tax_plot_follows_its_lists(page: browser.Browser, written: Path) -> None:
+    entries = json.loads((written.parent / "report.json").read_text())["tax"]
+    axis = "#tax [data-key]:not([hidden]) svg[role=img]"
+    seen = set()
+    for entry in [e for e in entries if e["group"] == ""]:
+        choose(page, "#tax select:nth-of-type(1)", entry["target"])
+        choose(page, "#tax label + label select", entry["retention"])
+        assert page.run(f"document.querySelectorAll('{axis}').length") == 1
+        seen.add(page.run(f"document.querySelector('{axis}').getAttribute('aria-label')"))
+        said = page.run("document.querySelector('#tax [data-key]:not([hidden]) desc').textContent")
+        names = {a["name"]: a["title"] for a in
+                 json.loads((written.parent / "report.json").read_text())["arms"]}  # fmt: skip
+        assert said.endswith(f"front: {', '.join(names[a] for a in _ordered(entry))}.")
+    assert len(seen) == 15  # three scores, five measures of what was kept
+
+
+def _ordered(entry: dict) -> list[str]:
+    return [point["arm"] for point in entry["points"] if point["arm"] in entry["front"]]
+
+
+def test_comparisons_follow_the_chosen_arm(page: browser.Browser, written: Path) -> None:
+    choose(page, "#results select", "grpo")
+    shown = "document.querySelector('#results [data-panels] [data-key]:not([hidden])')"
+    assert page.run(f"{shown}.querySelector('th').textContent") == "minus GRPO"
+    found = json.loads((written.parent / "report.json").read_text())["comparisons"]
+    (pair,) = (c for c in found if (c["first"], c["second"]) == ("sft-1e-6", "grpo"))
+    rows = page.run(
+        f"[...{shown}.querySelectorAll('tbody tr')].map(r => [r.cells[0].textContent, "
+        "Number(r.cells[1].dataset.value)])"
+    )
+    # The other way round: what SFT has over GRPO.
+    assert dict(rows)["sft-1e-6"] == pytest.approx(-pair["metrics"]["chrf++"]["difference"])
+
+
+def test_tables_sort_by_their_headings(page: browser.Browser) -> None:
+    table = "document.querySelector('#results table')"
+    click = f"{table}.tHead.rows[1].cells[%d].querySelector('button').click()"
+    names = f"[...{table}.tBodies[0].rows].map(r => r.cells[0].textContent)"
+    given = page.run(names)
+    values = f"[...{table}.tBodies[0].rows].map(r => r.cells[%d].dataset.value ?? null)"
+    page.run(click % 1)
+    first = [float(v) for v in page.run(values % 1)]
+    assert first == sorted(first, reverse=True) and len(first) == 14
+    assert page.run(f"{table}.tHead.rows[1].cells[1].getAttribute('aria-sort')") == "descending"
+    page.run(click % 5)
+    page.run(click % 5)
+    kept = page.run(values % 5)
+    assert kept[-2:] == [None, None]  # floors know nothing: gaps come last
+    numbers = [float(v) for v in kept[:-2]]
+    assert numbers == sorted(numbers)
+    assert page.run("document.querySelectorAll('#results th[aria-sort]').length") == 1
+    page.run(click % 5)
+    assert page.run(names) == given
+    page.run(click % 0)
+    assert page.run(names) == sorted(given, key=str.casefold)
+
+
+def test_samples_are_searched_sorted_and_filtered(page: browser.Browser, written: Path) -> None:
+    rows = json.loads((written.parent / "report.json").read_text())["samples"]
+    main = [row for row in rows if row["group"] == ""]
+    count = "document.querySelector('#count').textContent"
+    assert sources(page) == list(range(20)) and page.run(count) == "20 of 45"
+    page.run("document.querySelector('#more').click()")
+    page.run("document.querySelector('#more').click()")
+    assert sources(page) == list(range(45)) and page.run("document.querySelector('#more').hidden")
+    choose(page, "#find", "ཡིག་སྣོད")
+    assert sources(page) == [i for i in range(45) if i % 5 == 1] and page.run(count) == "9 of 9"
+    choose(page, "#find", "MADDA 44")  # of any case
+    assert sources(page) == [44]
+    choose(page, "#find", "<script>alert")
+    assert set(sources(page)) == {i for i in range(45) if i % 7 == 0}
+    choose(page, "#find", "")
+    choose(page, "#order", "score:1")
+    choose(page, "#arm", "grpo")
+    cosine = [row["answers"]["grpo"]["similarity"] for row in main]
+    assert sources(page) == sorted(range(45), key=lambda i: cosine[i])[:20]
+    choose(page, "#order", "gain:-1")
+    choose(page, "#against", "sft-1e-5")
+    gain = [
+        row["answers"]["sft-1e-5"]["similarity"] - c for row, c in zip(main, cosine, strict=True)
+    ]
+    assert sources(page) == sorted(range(45), key=lambda i: gain[i])[:20]
+    page.run("document.querySelector('#picks input[value=grpo]').click()")
+    shown = "[...document.querySelectorAll('.sample [data-arm]:not([hidden])')]"
+    arms = set(page.run(f"{shown}.map(e => e.dataset.arm)"))
+    assert "grpo" not in arms and "sft-1e-5" in arms and len(arms) == 12
+    choose(page, "#group", "transfer")
+    assert page.run(count) == "20 of 45"
+    assert set(page.run(f"{shown}.map(e => e.dataset.arm)")) == {"headline-sft", "headline-grpo"}
+    assert page.run("document.querySelector('#arm').value").startswith("headline")
+    offered = "[...document.querySelectorAll('#picks label')].filter(e => !e.hidden).length"
+    assert page.run(offered) == 2
+
+
+def test_texts_run_in_their_own_direction(page: browser.Browser) -> None:
+    choose(page, "#find", "ھۆججەت")
+    style = "getComputedStyle(document.querySelector('.reference .text')).direction"
+    assert page.run(style) == "rtl"
+    left, right, edge = page.run(
+        "(() => { const text = document.querySelector('.reference .text');"
+        "const range = document.createRange(); range.selectNodeContents(text);"
+        "const ink = range.getBoundingClientRect(), box = text.getBoundingClientRect();"
+        "return [ink.left - box.left, box.right - ink.right, box.width]; })()"
+    )
+    assert right < 2 < left < edge  # the line begins at the right edge
+    choose(page, "#find", "ཡིག་སྣོད")
+    assert page.run(style) == "ltr"
+    size = "parseFloat(getComputedStyle(document.querySelector('.reference .text')).fontSize)"
+    assert page.run(size) > 16  # Tibetan is small for its point size
+
+
+def test_a_curve_is_read_under_the_pointer(page: browser.Browser) -> None:
+    found = page.run(
+        "(() => { const hit = document.querySelector('#curves .hit');"
+        "const box = hit.getBoundingClientRect(), figure = hit.closest('figure');"
+        "const at = new PointerEvent('pointermove', {clientX: box.right, clientY: box.top});"
+        "hit.dispatchEvent(at); const read = figure.querySelector('output').textContent;"
+        "hit.dispatchEvent(new PointerEvent('pointerleave'));"
+        "return [read, figure.querySelector('output').textContent]; })()"
+    )
+    assert found[0].startswith("sft-1e-") and "step 29: 0." in found[0] and found[1] == ""
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_narrow_screens_do_not_scroll_sideways(page: browser.Browser, width: int) -> None:
+    page.size(width)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("getComputedStyle(document.body).fontSize") == "15px"
+
+
+def test_dark_and_print_have_enough_contrast(page: browser.Browser) -> None:
+    """WCAG's contrast of every arm's colour with a card: 3 for marks, 4.5 for text."""
+    for dark in (False, True):
+        page.size(1300, dark=dark)
+        colours = page.run(
+            "(() => { const style = getComputedStyle(document.documentElement);"
+            "const names = ['--card', '--ink', '--soft', '--faint', '--floor', '--base',"
+            "...Array(8).keys()].map(n => typeof n === 'number' ? '--c' + n : n);"
+            "return Object.fromEntries(names.map(n => [n, style.getPropertyValue(n).trim()])); })()"
+        )
+        ground = _luminance(colours.pop("--card"))
+        for name, colour in colours.items():
+            light, deep = sorted((_luminance(colour), ground), reverse=True)
+            least = 3.0 if name == "--floor" else 4.5
+            assert (light + 0.05) / (deep + 0.05) >= least, (name, colour, dark)
+    page.size(700, dark=True, media="print")  # A4: black on white, nothing cut off
+    ink = "getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()"
+    assert _luminance(page.run(ink)) < 0.1
+    table = "document.querySelector('#results table')"
+    assert page.run(f"{table}.getBoundingClientRect().right") <= 700
+    hidden = (
+        "['nav', '.tools', '#picks'].map(s => getComputedStyle(document.querySelector(s)).display)"
+    )
+    assert page.run(hidden) == ["none"] * 3
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_five_hundred_samples_of_twelve_arms_are_quick(
+    chromium: browser.Browser, tmp_path: Path
+) -> None:
+    page = report.build(tree(tmp_path / "run", samples=500, steps=5, arms=ARMS[:11]))
+    chromium.size(1300)
+    assert chromium.open(page) < 15  # 0.7 s where nothing else runs
+    assert page.stat().st_size < 8_000_000
+    took = chromium.run(
+        "(() => { const began = performance.now(); const find = document.querySelector('#find');"
+        "find.value = 'madda 49'; find.dispatchEvent(new Event('input'));"
+        "return performance.now() - began; })()"
+    )
+    assert took < 1000  # 5 ms where nothing else runs
+    assert chromium.run("document.querySelector('#count').textContent") == "11 of 11"
+    assert chromium.errors == []
