@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import config, hub
 from grpo_jax.config import Lora
 from grpo_jax.hub import decoder as hub_decoder
-from grpo_jax.hub import place, weights
+from grpo_jax.hub import weights
 from grpo_jax.hub.folder import split_hub_id
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.models import lora
@@ -309,7 +309,7 @@ def placement(policy: hub.Policy, **sizes: int) -> weights.Placement:
 def test_parameters_are_read_straight_to_their_devices(
     sizes: dict, whole: int, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "WHOLE_BYTES", whole)
+    monkeypatch.setattr(weights, "_whole_bytes", lambda sizes: whole)
     policy = hub.open_decoder(wide, param_dtype="bfloat16")
     pieces: list[int] = []
     part = weights.Weights._part
@@ -336,7 +336,7 @@ def test_parameters_are_read_straight_to_their_devices(
 def test_no_more_than_a_piece_is_held_beside_what_is_placed(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "WHOLE_BYTES", 200_000)
+    monkeypatch.setattr(weights, "_whole_bytes", lambda sizes: 200_000)
     policy = hub.open_decoder(wide)
     where = placement(policy, data=1)
     policy.weights.read(where)  # everything is compiled and imported
@@ -345,7 +345,7 @@ def test_no_more_than_a_piece_is_held_beside_what_is_placed(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(found))
-    assert peak < 3 * place.WHOLE_BYTES < total / 5
+    assert peak < 600_000 < total / 5
 
 
 def test_nothing_aliases_the_files_or_other_parameters(wide: Path) -> None:

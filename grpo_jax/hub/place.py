@@ -9,10 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What is larger goes to a device in pieces of a quarter of this. Small pieces are as fast as large
-# ones, because the allocator keeps their memory: fresh pages cost as much time as reading.
-WHOLE_BYTES = 1 << 26
-
 Index = tuple[slice, ...]  # one slice a dimension, with bounds and without steps
 
 
@@ -21,17 +17,20 @@ def place(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding,
+    whole_bytes: int,
 ) -> jax.Array:
     """An array made of what `read` gives for the parts that this process's devices hold.
 
     Equal parts are read once. Beside what is already placed, host memory holds one device's part,
-    or, where that is larger and the first dimension is not split, WHOLE_BYTES of it.
+    or, where that is larger and the first dimension is not split, `whole_bytes` of it.
 
     Args:
       read: index -> a fresh array of that part, which nothing else refers to.
       shape: of the whole array, at least one dimension.
       dtype: of the array and of what `read` gives.
       sharding: where it lies; of several processes, all must call.
+      whole_bytes: a larger part goes to its device in pieces of a quarter of this, which takes
+        twice the time: the array is written once more.
 
     Returns:
       Array of `shape`. Nothing else refers to its memory, so it may be donated.
@@ -57,9 +56,9 @@ def place(
 
     part = sharding.shard_shape(shape)
     row = dtype.itemsize * math.prod(part[1:])
-    if part[0] != shape[0] or row * shape[0] <= WHOLE_BYTES:
+    if part[0] != shape[0] or row * shape[0] <= whole_bytes:
         return rows(0, shape[0])
-    count = min(shape[0], max(1, WHOLE_BYTES // (4 * row)))
+    count = min(shape[0], max(1, whole_bytes // (4 * row)))
     empty, insert = _build_insert(shape, dtype, sharding)
     whole = empty()
     for first in range(0, shape[0], count):

@@ -170,13 +170,19 @@ class Weights:
         """
         sizes = {tensor.file: tensor.size for tensor in self._stored.values()}
         maps = {file: _map(file, size) for file, size in sizes.items()}
+        whole = _whole_bytes(list(sizes.values()))
         out: dict[tuple[str, ...], Any] = {}
-        for path, leaf in self._leaves.items():
+        leaves = list(self._leaves.items())
+        for (path, leaf), following in zip(leaves, [*leaves[1:], None], strict=True):
+            if following is not None and jax.process_count() == 1:  # else a part is enough
+                for name in following[1].names:
+                    tensor = self._stored[name]
+                    _read_ahead(maps[tensor.file], tensor, slice(0, tensor.shape[0]))
             if placement is None:
                 out[path] = self._part(maps, leaf, tuple(slice(0, size) for size in leaf.shape))
             else:
                 read = functools.partial(self._part, maps, leaf)
-                out[path] = place(read, leaf.shape, self.dtype, placement(path, leaf.shape))
+                out[path] = place(read, leaf.shape, self.dtype, placement(path, leaf.shape), whole)
         return _nest(out)
 
     def _part(self, maps: Mapping[Path, mmap.mmap], leaf: _Leaf, index: Index) -> np.ndarray:
@@ -193,6 +199,11 @@ class Weights:
             out[layer] = tensor.view(maps[tensor.file])[rest]
         out = out if stacked else out[0]
         return out.swapaxes(-1, -2) if leaf.slot.transpose else out
+
+
+def _whole_bytes(sizes: list[int]) -> int:
+    """What may be held in host memory beside what is placed: less than half the largest file."""
+    return max(1 << 26, max(sizes) // 2 - (1 << 26))
 
 
 def _read_ahead(memory: mmap.mmap, tensor: _Stored, rows: slice) -> None:
