@@ -22,13 +22,12 @@ from grpo_jax.evals.likelihood import (
     rolling_windows,
     score,
     text_likelihood,
-    token_choices,
 )
 from grpo_jax.evals.requests import GenerationArguments, PolicyScorer
 from grpo_jax.evals.task_files import read_choices
 from grpo_jax.evals.tasks import multiple_choice, task_statistics
 from grpo_jax.hub.decoder import Policy, load_decoder
-from grpo_jax.learn.logps import token_logps
+from grpo_jax.learn.logps import token_choices, token_logps
 
 GOLDEN = json.loads((Path(make_tasks.__file__).parent / "tasks.json").read_text("utf-8"))
 

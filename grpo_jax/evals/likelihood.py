@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.learn.logps import LOGITS
+from grpo_jax.learn.logps import token_choices
 from grpo_jax.models.decoder import Decoder, head
-from grpo_jax.models.layers import softcap
 from grpo_jax.structs import Array
 from grpo_jax.text.tokenizer import Tokenizer
 
@@ -56,43 +55,10 @@ def build_likelihood(model: Decoder) -> Callable[..., tuple[Array, Array]]:
     ) -> tuple[Array, Array]:
         arguments = (prompt_ids, prompt_lengths, ids)
         hidden: Any = model.apply({"params": params}, *arguments, method="predict")
-        logps, best = token_choices(
-            hidden, head(params), jnp.asarray(ids), model.config.final_logit_softcapping
-        )
+        logps, best = token_choices(hidden, head(params), ids, model.config.final_logit_softcapping)
         return jnp.sum(jnp.where(mask, logps, 0.0), -1), jnp.all(best | ~jnp.asarray(mask), -1)
 
     return jax.jit(likelihood)
-
-
-def token_choices(
-    hidden: Array, head: Array, targets: jax.Array, cap: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of given tokens, and whether each is the likeliest of the vocabulary.
-
-    As `learn.logps.token_logps`, [P, G, T, V] never exists.
-
-    Args:
-      hidden: [P, G, T, D], the state just before each token; head: [D, V].
-      targets: int32 [P, G, T].
-      cap: the model's final_logit_softcapping.
-
-    Returns:
-      float32 [P, G, T] in nats, and bool [P, G, T].
-    """
-    kernel = head.astype(hidden.dtype)
-
-    def one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        state, target = pair
-        scores = softcap(jnp.matmul(state, kernel, preferred_element_type=jnp.float32), cap)
-        return scores[target] - jax.nn.logsumexp(scores), jnp.argmax(scores) == target
-
-    # Tokens outermost, so that every device has rows in every chunk.
-    by_token = jnp.moveaxis(jnp.asarray(hidden), 2, 0), jnp.moveaxis(targets, 2, 0)
-    lead = by_token[1].shape
-    flat = by_token[0].reshape(-1, hidden.shape[-1]), by_token[1].reshape(-1)
-    found = jax.lax.map(one, flat, batch_size=max(1, LOGITS // head.shape[1]))
-    logps, best = (jnp.moveaxis(x.reshape(lead), 0, 2) for x in found)
-    return logps, best
 
 
 def score(pairs: Sequence[Pair], compute: Compute, batch_size: int, max_length: int) -> list[Score]:

@@ -56,6 +56,27 @@ def token_logps(
     return _in_chunks(chunk, head.shape[1], hidden, targets)
 
 
+def token_choices(
+    hidden: Array, head: Array, targets: Array, cap: float = 0.0
+) -> tuple[Array, Array]:
+    """Log-probs of given tokens, and whether each is the likeliest of the vocabulary.
+
+    Args:
+      hidden, head, targets, cap: as in `token_logps`.
+
+    Returns:
+      float32 [...] in nats, and bool [...].
+    """
+
+    def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        scores = _scores(hidden, head, cap)
+        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        best = jnp.argmax(scores, axis=-1) == targets
+        return chosen - jax.nn.logsumexp(scores, axis=-1), best
+
+    return _in_chunks(chunk, head.shape[1], hidden, targets)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def loss_of_tokens(
     hidden: Array,
