@@ -20,7 +20,7 @@ def get_config() -> Config:
     cfg.model.lora.rank = 32
     cfg.model.lora.alpha = 64.0
     cfg.encoder.path = "asset:all-minilm-l6-v2"
-    cfg.encoder.judge = "asset:use-multilingual-judge"
+    cfg.encoder.judge = ("asset:use-multilingual-judge",)
 
     cfg.data.train = "asset:oromo-english"
     cfg.data.group_field = "group"

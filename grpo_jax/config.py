@@ -15,7 +15,7 @@ config_flags looks at them.
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Encoder:
     # Of folders without modules.json. '' means mean, or lasttoken for a causal language model.
     pooling: str = ""  # mean, cls, max, weightedmean, lasttoken or mean_sqrt_len_tokens
     normalize: Optional[bool] = None  # None: only if modules.json says so
-    judge: str = ""  # a second encoder, used by evaluation only; '' means none
+    judge: tuple[str, ...] = ()  # other encoders, used by evaluation only
 
 
 @dataclass
@@ -150,14 +150,55 @@ class GRPO:
     gradient_accumulation_steps: int = 1
     mask_truncated_completions: bool = False
     eval_every: int = 0
+    # Nats a token of KL(base || policy) on general text that the stage may end with (Forgetting
+    # measures it): beta adapts to stay inside. None: no limit.
+    forgetting_budget: Optional[float] = None
+    stop_on: tuple[str, ...] = ()  # kinds of trouble (stages/health.py) that end the stage early
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-7))
+
+
+@dataclass
+class SelfSFT:
+    """SFT on the start model's own completions, the best of each group (rejection sampling).
+
+    Completions are drawn as grpo.sampling says and scored by the run's reward.
+    """
+
+    prompts: int = 0  # training rows to sample for; 0: all
+    prompts_per_step: int = 32
+    num_generations: int = 8
+    keep: int = 1  # at most so many different completions of a prompt
+    min_reward: float = 0.0  # those that score this or less are not learned from
+    sft: SFT = field(default_factory=SFT)
+
+
+@dataclass
+class Interpolate:
+    """Weights between two arms: (1 - weight) start + weight toward."""
+
+    toward: str = ""  # an arm
+    weight: float = 0.5
+
+
+@dataclass
+class Forgetting:
+    """The live gauge of training stages: KL(base || policy) and NLL on general text.
+
+    Its passages are those of evaluation.retention that follow the ones evaluation takes.
+    """
+
+    every: int = 0  # steps between measurements; 0: none
+    rows: int = 64  # passages
 
 
 @dataclass
 class Reward:
     """R = semantic_weight R_sim + language_weight R_lang - penalties (arXiv 2605.14366)."""
 
-    anchor: str = "target"  # the text that completions are compared with: target or source
+    # What completions are compared with: target, source (no references needed, SG-SRL), or
+    # shuffled, the target of another row: a control, from which nothing can be learned.
+    anchor: str = "target"
+    metric: str = "cosine"  # of the semantic term: cosine under the encoder, chrf or bleu
     semantic_weight: float = 1.5
     language_weight: float = 1.0
     length_weight: float = 0.0
@@ -167,6 +208,7 @@ class Reward:
     tau_quantile: float = 0.25  # of the cold-start model's dev cosines
     language: str = "en"  # ISO 639-1/3 code of the language that completions should be in
     max_length_ratio: float = 1.5  # completion / reference; the penalty grows from here
+    min_length_ratio: float = 0.0  # and from here down; 0: short texts cost nothing
     max_repetition: float = 0.15  # share of repeated 4-grams; the penalty starts here
 
 
@@ -214,6 +256,7 @@ class Evaluation:
     max_retention_length: int = 128  # tokens a passage
     # What a model can still do: multiple_choice:FILE, reading:FILE, format (evals/tasks.py).
     tasks: tuple[str, ...] = ()
+    out_of_domain: tuple[str, ...] = ()  # further test sets, in the form of data.test
     max_task_rows: int = 256  # questions a task; 0: all
     max_task_length: int = 1024  # tokens of question and answer; longer ones lose the start
     max_answer_length: int = 128  # tokens of a generated answer
@@ -260,18 +303,37 @@ class Log:
 
 
 @dataclass
+class Arm:
+    """One row of an experiment: what is done to the weights of which arm, with which settings."""
+
+    name: str = ""
+    method: str = ""  # sft, self_sft, grpo or interpolate
+    start: str = "base"  # the arm whose weights it begins from
+    # Arms of one group are measured on the same held-out rows and compared. Another group, with
+    # `data` overrides of its own, is another task, such as few-shot transfer.
+    group: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)  # {"grpo.beta": 0.0, ...}
+
+
+@dataclass
 class Config:
-    """A run: the stages, in order, and what each needs."""
+    """A run: the stages, in order, and what each needs; or an experiment of many arms."""
 
     stages: tuple[str, ...] = ("sft", "grpo", "evaluate", "export")
+    # An experiment: a tree of arms instead of training stages, which `stages` then leaves out.
+    arms: tuple[Arm, ...] = ()
+    only: tuple[str, ...] = ()  # arms to work on now, here; (): all. For several machines, one run
     seed: Optional[int] = None  # None: a fresh one, recorded in config.json
     model: Model = field(default_factory=Model)
     encoder: Encoder = field(default_factory=Encoder)
     data: Data = field(default_factory=Data)
     sft: SFT = field(default_factory=SFT)
+    self_sft: SelfSFT = field(default_factory=SelfSFT)
     grpo: GRPO = field(default_factory=GRPO)
     recover: Recover = field(default_factory=Recover)
+    interpolate: Interpolate = field(default_factory=Interpolate)
     reward: Reward = field(default_factory=Reward)
+    forgetting: Forgetting = field(default_factory=Forgetting)
     evaluation: Evaluation = field(default_factory=Evaluation)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -281,14 +343,12 @@ class Config:
 
 TRAINING = ("sft", "grpo", "recover")  # the stages that make an arm
 STAGES = (*TRAINING, "evaluate", "export")  # all there are, in their order
-
-# Not part of a run's identity, so these may change when it is resumed: what changes nothing that is
-# computed, and what only a stage behind the training reads, which then runs again.
-CADENCE = (
-    "stages", "seed", "log", "checkpoint.every", "checkpoint.keep", "mesh", "model.remat",
-    "encoder.batch_size", "grpo.lanes",
+# Kinds of trouble that a GRPO stage is watched for (stages/health.py).
+TROUBLE = (
+    "reward_collapse", "length_explosion", "length_collapse", "repetition", "language_drift",
+    "kl_blowup",
 )  # fmt: skip
-AFTER_TRAINING = {"evaluate": ("evaluation", "encoder.judge"), "export": ("export",)}
+METHODS = ("sft", "self_sft", "grpo", "interpolate")  # of the rows of `arms`
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -7,7 +7,15 @@ import hashlib
 import json
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grpo_jax.config import AFTER_TRAINING, CADENCE, Config, did_you_mean
+from grpo_jax.config import Config, did_you_mean
+
+# Not part of what an arm is, so these may change when it is resumed: what changes nothing that is
+# computed, and what only a stage behind the training reads, which then runs again.
+CADENCE = (
+    "stages", "arms", "only", "seed", "log", "checkpoint.every", "checkpoint.keep", "mesh",
+    "model.remat", "encoder.batch_size", "grpo.lanes",
+)  # fmt: skip
+AFTER_TRAINING = {"evaluate": ("evaluation", "encoder.judge"), "export": ("export",)}
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -19,7 +27,9 @@ def to_dict(cfg: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        elif isinstance(value, dict):
+            value = flatten(value)  # {"grpo": {"beta": 0}} and {"grpo.beta": 0} are the same
         elif type(value) is int and float in (hints[f.name], *get_args(hints[f.name])):
             value = float(value)  # beta=1 and beta=1.0 are the same run
         out[f.name] = value
@@ -37,7 +47,9 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
         if dataclasses.is_dataclass(hint):
             value = from_dict(value, hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif get_origin(hint) is tuple:
-            value = tuple(value)
+            kind_of = get_args(hint)[0]
+            nested = dataclasses.is_dataclass(kind_of)
+            value = tuple(from_dict(v, kind_of, f"{prefix}{name}.") if nested else v for v in value)
         fields[name] = value
     return kind(**fields)
 
@@ -56,13 +68,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(values: dict[str, Any]) -> dict[str, Any]:
     """The dotted fields of a `to_dict` that decide what a run trains."""
     others = CADENCE + sum(AFTER_TRAINING.values(), ())
-    return {k: v for k, v in flatten(values).items() if not _under(k, others)}
+    return {k: v for k, v in flatten(values).items() if not under(k, others)}
 
 
 def stage_fields(values: dict[str, Any], stage: str) -> dict[str, Any]:
     """The dotted fields of a `to_dict` that only this stage, behind the training, depends on."""
     own = AFTER_TRAINING.get(stage, ())
-    return {k: v for k, v in flatten(values).items() if _under(k, own)}
+    return {k: v for k, v in flatten(values).items() if under(k, own)}
 
 
 def fingerprint(cfg: Config) -> str:
@@ -71,5 +83,6 @@ def fingerprint(cfg: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+def under(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one."""
     return any(name == p or name.startswith(p + ".") for p in prefixes)

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grpo_jax.config import Config, did_you_mean
-from grpo_jax.config_check import describe
+from grpo_jax.config import Arm, Config, did_you_mean
+from grpo_jax.config_values import describe
 
 
 def check_flags(argv: list[str], config: type = Config, name: str = "config") -> None:
@@ -97,6 +97,8 @@ def _check_value(flag: str, value: str | None, hint: Any, negated: bool) -> None
         )
     if value is None:
         raise ValueError(f"{flag}: got no value, wanted {describe(hint)}")
+    if hint == tuple[Arm, ...]:
+        raise ValueError(f"{flag}: arms stand in the config file; --config.only picks some")
     if get_origin(hint) is tuple:
         _check_tuple(flag, value)
         return

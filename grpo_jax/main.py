@@ -1,7 +1,7 @@
 """python -m grpo_jax.main --config=configs/NAME.py --workdir=runs/NAME [--config.grpo.beta=0.02]
 
-Reads the configuration, opens everything it names, and runs its stages in order. The same command
-resumes an interrupted run; finished stages are not run again.
+Reads the configuration, opens everything it names, trains its arms in order and measures them. The
+same command resumes an interrupted run; what is finished is not done again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger("grpo_jax")
 
 
 def train(cfg: Config, workdir: str) -> None:
-    """Runs the stages of `cfg` in `workdir`.
+    """Runs the arms and stages of `cfg` in `workdir`.
 
     Raises:
       ValueError, FileNotFoundError, OSError: one message that names the thing and the remedy.
@@ -43,33 +43,48 @@ def train(cfg: Config, workdir: str) -> None:
     distributed.initialize()
     opened = Workdir.open(workdir, cfg)
     # Models, flax and transformers take seconds to import: a bad config should not wait for them.
-    from grpo_jax.stages.evaluate import measure_arm, report, run_evaluate
+    from grpo_jax.stages.evaluate import measure_arm, measure_base, report, run_evaluate
     from grpo_jax.stages.export import run_export
     from grpo_jax.stages.grpo import run_grpo
     from grpo_jax.stages.run import open_run
+    from grpo_jax.stages.self_sft import run_self_sft
     from grpo_jax.stages.sft import run_sft
+    from grpo_jax.stages.weights import run_interpolate
 
-    stages = {
-        "sft": lambda run: run_sft(run, "sft", cfg.sft),
-        "grpo": lambda run: run_grpo(run, "grpo", cfg.grpo),
-        "recover": lambda run: run_sft(run, "recover", cfg.recover.sft),
-        "evaluate": run_evaluate,
-        "export": run_export,
+    train_by = {
+        "sft": run_sft,
+        "self_sft": run_self_sft,
+        "grpo": run_grpo,
+        "recover": run_sft,
+        "interpolate": run_interpolate,
     }
+    behind = {"evaluate": run_evaluate, "export": run_export}
     with closing(opened):
         run = open_run(cfg, opened)
         with closing(run.writer):
             if "evaluate" in cfg.stages:
-                measure_arm(run, "base")  # first: whatever evaluation needs is missing now or never
-            for stage in cfg.stages:
-                if opened.stage_done(stage) is not None:
+                measure_base(run)  # first: whatever evaluation needs is missing now or never
+            for name in run.working:
+                if opened.arm_done(name) is not None:
+                    _log.info("%s: done before", name)
+                    continue
+                for other in run.ancestors(name)[:-1]:
+                    opened.wait_for(other)
+                arm = run.arms[name]
+                train_by[arm.method](run, arm)
+                _log.info("%s: %.0f s", name, opened.arm_cost(name)["seconds"])
+                if "evaluate" in cfg.stages:
+                    measure_arm(run, name)
+                    report(run)  # so that the first arms can be looked at while others train
+            for stage in [stage for stage in cfg.stages if stage in behind]:
+                if opened.stage_done(stage):
                     _log.info("%s: done before", stage)
                     continue
                 began = time.monotonic()
-                stages[stage](run)
-                opened.mark_done(stage, {"seconds": time.monotonic() - began})
+                behind[stage](run)
+                opened.mark_done(stage)
                 _log.info("%s: %.0f s", stage, time.monotonic() - began)
-        summary = report(run)
+            summary = report(run)
         if distributed.is_main():
             print(f"\n{summary}\n\nreport: {opened.report}")
 

@@ -46,7 +46,7 @@ class Rewards(NamedTuple):
 
     total: Array  # float32 [P, G]
     terms: dict[str, Array]  # float32 [P, G] each
-    similarity: Array  # float32 [P, G], the raw cosine
+    similarity: Array  # float32 [P, G], the metric itself, before its threshold
 
 
 class TrainBatch(NamedTuple):
@@ -59,6 +59,7 @@ class TrainBatch(NamedTuple):
     advantages: Array  # float32 [P, G]
     old_logps: Array | None = None  # float32 [P, G, T]; None means on-policy
     ref_logps: Array | None = None  # float32 [P, G, T]; None means beta = 0
+    beta: Array | None = None  # float32 [P, G], weight of the KL; None: as configured
 
 
 class TrainState(NamedTuple):

@@ -35,8 +35,11 @@ def tree(
         {"name": n, "method": m, "start": s, "group": g, "overrides": {"sft.max_steps": i}}
         for i, (n, m, s, g) in enumerate(arms)
     ]
-    config = {"arms": rows, "model": {"path": "tiny"}, "data": {"seed": 0}, "stages": ["evaluate"]}
-    write(folder / "config.json", {"config": config, "seed": seed, "devices": {"kind": "cpu"}})
+    config = {"model": {"path": "tiny"}, "data": {"seed": 0}, "stages": ["evaluate"]}
+    write(
+        folder / "config.json",
+        {"config": config, "arms": rows, "seed": seed, "devices": {"kind": "cpu"}},
+    )
     lines = []
     for name, method, _, _ in arms:
         for step in range(steps if method != "interpolate" else 0):

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 # A room may import its own files and any room before it; BUILD.md draws the same order.
 ROOMS = (
-    "structs", "config", "config_dicts", "assets", "text", "models", "rollout", "data", "hub",
-    "rewards", "learn", "evals", "report", "infra", "stages", "config_check", "flags", "main",
+    "structs", "config", "config_dicts", "config_arms", "experiments", "assets", "text", "models",
+    "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages",
+    "config_values", "config_check", "flags", "main",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

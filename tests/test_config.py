@@ -13,7 +13,8 @@ from ml_collections import config_flags
 import grpo_jax
 from grpo_jax import config, config_dicts
 from grpo_jax.config import Config
-from grpo_jax.config_check import CHOICES, RANGES, validate
+from grpo_jax.config_check import validate
+from grpo_jax.config_values import CHOICES, RANGES
 from grpo_jax.flags import check_flags
 
 
@@ -62,7 +63,7 @@ def test_a_good_config_passes():
         ("model.path", "", "model.path: got ''"),
         ("model.lora", config.Lora(rank=4, targets=("q_prj",)), "did you mean q_proj"),
         ("model.lora", None, "wanted a Lora section"),
-        ("encoder.judge", "encoder", "wanted another encoder"),
+        ("encoder.judge", ("encoder",), "wanted other encoders"),
         ("export.arms", ("gpro",), "export.arms: got 'gpro', wanted some of sft, grpo, recover"),
         ("mesh.data", -1, "mesh: got -1 for 2 axes"),
         ("mesh.tensor", 0, "mesh.tensor: got 0"),

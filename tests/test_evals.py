@@ -11,9 +11,9 @@ from grpo_jax.evals.metrics import (
     paired_bootstrap,
     statistics,
     translation_metrics,
-    written_without_spaces,
 )
 from grpo_jax.rewards import similarity
+from grpo_jax.text.scripts import written_without_spaces
 
 WORDS = [
     "the",

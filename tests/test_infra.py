@@ -1,4 +1,4 @@
-"""Working directory, metrics, progress and mesh."""
+"""Metrics, progress and mesh."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import io
 import json
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,125 +15,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import grpo_jax
 from grpo_jax import config
 from grpo_jax.config import Config
-from grpo_jax.infra import workdir
+from grpo_jax.infra.files import append_jsonl, read_jsonl
 from grpo_jax.infra.mesh import batch_sharding, check_rows, make_mesh, param_shardings, put_batch
 from grpo_jax.infra.progress import Progress, track
-from grpo_jax.infra.workdir import Workdir, append_jsonl, read_jsonl
+from grpo_jax.infra.workdir import Workdir
 from grpo_jax.infra.writers import MetricWriter
 from grpo_jax.structs import TrainState
-
-# Working directory
-
-
-def test_workdir_resumes_and_keeps_the_drawn_seed(tmp_path):
-    cfg = Config()
-    first = Workdir.open(tmp_path / "run", cfg)
-    first.close()
-    cfg.log.every = 7  # no part of the identity
-    again = Workdir.open(tmp_path / "run", cfg)
-    again.close()
-    record = json.loads(again.config.read_text())
-    assert first.seed == again.seed == record["seed"]
-    assert record["config"]["log"]["every"] == 7
-    assert record["versions"]["jax"] == jax.__version__
-    assert record["devices"]["count"] == jax.device_count()
-    other = Workdir.open(tmp_path / "other", cfg)
-    other.close()
-    assert other.seed != first.seed  # no hidden constant
-    cfg.seed = first.seed  # the drawn seed, given
-    Workdir.open(tmp_path / "run", cfg).close()
-
-
-def test_workdir_of_another_config_is_refused(tmp_path):
-    cfg = Config(seed=3)
-    Workdir.open(tmp_path, cfg).close()
-    cfg.seed = 1  # a run that stopped before it had any result is not in the way
-    run = Workdir.open(tmp_path, cfg)
-    append_jsonl(run.metrics, {"stage": "sft", "step": 1})
-    run.close()
-    cfg.grpo.beta, cfg.seed, cfg.stages = 0.5, 2, ("grpo",)
-    with pytest.raises(ValueError, match="another configuration") as error:
-        Workdir.open(tmp_path, cfg)
-    for line in ("grpo.beta: was 0.01, now 0.5", "seed: was 1, now 2", "stages: was sft, grpo"):
-        assert line in str(error.value)
-    (tmp_path / "config.json").write_text('{"name": "some web project"}')
-    with pytest.raises(ValueError, match="not one of this program's"):
-        Workdir.open(tmp_path, Config())
-
-
-def test_second_run_is_locked_out_until_the_first_dies(tmp_path):
-    """A killed process leaves its lock file, but no lock."""
-    code = (
-        "import sys, time; from pathlib import Path; from grpo_jax.infra.workdir import _take_lock;"
-        "_take_lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
-    )
-    root = Path(grpo_jax.__file__).parents[1]
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
-    try:
-        assert child.stdout is not None and child.stdout.readline() == b"locked\n"
-        with pytest.raises(ValueError, match=f"in use by process {child.pid} on"):
-            Workdir.open(tmp_path, Config())
-    finally:
-        child.kill()
-        child.wait()
-    Workdir.open(tmp_path, Config()).close()
-
-
-def test_unwritable_and_full_disks_are_noticed_at_once(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="choose another --workdir"):
-        Workdir.open(tmp_path / "file" / "run", Config())
-    usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="only 1 MiB free"):
-        Workdir.open(tmp_path / "run", Config())
-
-
-def test_stage_markers(tmp_path):
-    cfg = Config(stages=("sft", "evaluate"))
-    run = Workdir.open(tmp_path, cfg)
-    assert run.stage_done("sft") is None
-    run.mark_done("sft", {"steps": 12})
-    run.mark_done("evaluate")
-    assert run.stage_done("sft") == {"steps": 12} and run.stage_done("evaluate") == {}
-    run.close()
-
-    cfg.evaluation.max_rows = 7  # measured otherwise: only evaluation runs again
-    run = Workdir.open(tmp_path, cfg)
-    assert run.stage_done("sft") and run.stage_done("evaluate") is None
-    run.mark_done("evaluate")
-    run.close()
-
-    cfg.stages = ("sft", "grpo", "evaluate")  # a longer run: what comes later is out of date
-    run = Workdir.open(tmp_path, cfg)
-    assert run.stage_done("evaluate") is not None
-    run.mark_done("grpo")
-    assert run.stage_done("evaluate") is None
-    run.close()
-
-
-def test_rewind_leaves_no_duplicates_and_mends_a_torn_row(tmp_path):
-    run = Workdir.open(tmp_path, Config())
-    for stage, step in [("sft", 0), ("sft", 1), ("grpo", 0), ("grpo", 1), ("grpo", 2)]:
-        append_jsonl(run.metrics, {"stage": stage, "step": step})
-    append_jsonl(run.metrics, {"stage": "evaluate", "step": 0})
-    run.close()
-    with run.metrics.open("a") as file:
-        file.write('{"stage": "grpo", "st')  # killed in the middle of a write
-
-    run = Workdir.open(tmp_path, Config())
-    assert len(read_jsonl(run.metrics)) == 6
-    run.rewind("grpo", 1)
-    rows = [(row["stage"], row["step"]) for row in read_jsonl(run.metrics)]
-    assert rows == [("sft", 0), ("sft", 1), ("grpo", 0)]
-    run.rewind("sft", 0)
-    assert read_jsonl(run.metrics) == []
-    run.close()
-
 
 # Metrics and progress
 

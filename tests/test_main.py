@@ -17,6 +17,7 @@ import pytest
 import grpo_jax
 from grpo_jax import assets, main
 from grpo_jax.config import Config
+from grpo_jax.config_arms import arms_of
 from grpo_jax.stages import run as run_lib
 from grpo_jax.stages import sft
 from tests import whole
@@ -160,7 +161,7 @@ def test_rows_that_do_not_divide_over_the_devices(base: Path) -> None:
     cfg = whole.short_config()
     cfg.sft.batch_size = 12
     with whole.machine(base, devices=8), pytest.raises(ValueError, match="sft.batch_size.* of 8"):
-        run_lib.open_run(cfg, SimpleNamespace())  # type: ignore[arg-type]
+        run_lib.open_run(cfg, SimpleNamespace(arms=arms_of(cfg)))  # type: ignore[arg-type]
 
 
 # The program itself

@@ -66,13 +66,13 @@ def evaluation(arm: str, score: float, **more: object) -> dict:
 
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
-    """A run of plain stages, as runs without arms leave it."""
+    """A run of plain stages."""
     folder = tmp_path / "run <b>1</b>"
     (folder / "evaluation").mkdir(parents=True)
-    (folder / "done").mkdir()
     config = {"model": {"path": EVIL}, "seed": 3, "stages": ["sft", "grpo", "evaluate"]}
-    write(folder / "config.json", {"config": config, "seed": 3, "devices": {"kind": "cpu"}})
-    write(folder / "done" / "sft.json", {"stage": "sft", "info": {"seconds": 61.0}})
+    arms = [{"name": n, "method": n, "start": s} for n, s in (("sft", "base"), ("grpo", "sft"))]
+    record = {"config": config, "arms": arms, "seed": 3, "devices": {"kind": "cpu"}}
+    write(folder / "config.json", record)
     steps = [
         {"stage": "grpo", "step": s, "reward": 1 + s / 50, "reward_std": 0.2, "kl": None,
          "rewards/semantic/mean": 0.5, "rewards/semantic/std": 0.1, "odd<name>": s}
@@ -83,12 +83,13 @@ def workdir(tmp_path: Path) -> Path:
     row = {"stage": "grpo", "step": 0, "prompt": EVIL, "completion": EVIL, "reference": "the"}
     (folder / "samples.jsonl").write_text(json.dumps({**row, "terms": {"semantic": 0.5}}) + "\n")
     kept = {"nll_mean": 3.0, "nll_p90": 4.0, "kl_general": 0.0, "kl_task": 0.0}
-    arms = {
+    measured = {
         "base": evaluation("base", 10.0, retention=kept),
         "sft": evaluation("sft", 30.0, retention={**kept, "nll_mean": 3.2, "kl_general": 0.1}),
         "copy": evaluation("copy", 5.0),
     }
-    for arm, value in arms.items():
+    measured["sft"]["cost"] = {"tokens": 900, "seconds": 61.0}
+    for arm, value in measured.items():
         write(folder / "evaluation" / f"{arm}.json", value)
     return folder
 
@@ -155,7 +156,7 @@ def test_page_shows_what_was_measured(workdir: Path) -> None:
     assert "minus SFT" in text and "minus base" in text  # the paired comparisons of the samples
     assert 'dir="auto">ཡིག་སྣོད།' in text and 'arabic" dir="auto">ھ' in text
     assert "<em>nothing</em>" in text and "<u>the file 0</u>" in text  # shared words are marked
-    assert "61 s" in text  # what training took, from the stage's record
+    assert "61 s" in text  # what training took
 
 
 def test_page_of_an_unfinished_run_leaves_out_what_is_missing(workdir: Path) -> None:
@@ -192,7 +193,7 @@ def test_command_line(workdir: Path, seeds: list[Path], tmp_path: Path, capsys, 
     assert main([str(workdir), "--output", "there"]) == 0 and Path("there/report.json").exists()
 
 
-def test_arms_are_the_stages_or_the_rows_of_the_config(workdir: Path, seeds: list[Path]) -> None:
+def test_arms_are_those_that_the_config_file_lists(workdir: Path, seeds: list[Path]) -> None:
     chain = {arm.name: arm for arm in read_run(workdir).arms}
     assert list(chain) == ["base", "sft", "grpo", "copy"]
     assert chain["grpo"].start == "sft" and chain["sft"].start == "base"

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import config
-from grpo_jax.rewards import Scorer, calibrate_tau, terms, within_group_stats
+from grpo_jax.rewards import Scorer, build_anchor, calibrate_tau, terms, within_group_stats
+from grpo_jax.rewards.anchors import shuffled_targets
+from grpo_jax.rewards.lexical import against
 from grpo_jax.structs import Rewards, Rollout, Row
 from grpo_jax.text.measures import is_empty, repeated_share, sanitise
 from grpo_jax.text.scripts import units
@@ -76,6 +79,23 @@ def test_penalties_start_and_end_where_they_say() -> None:
     )
 
 
+@given(st.floats(0, 12), st.floats(0, 12), st.floats(0.05, 0.99))
+@settings(max_examples=30, deadline=None)
+def test_length_penalty_falls_to_its_plateau_and_rises_behind_it(
+    a: float, b: float, low: float
+) -> None:
+    ratios = np.float32(sorted((a, b)))
+    both = np.asarray(terms.length_penalty(ratios, 1.5, low))
+    assert np.all((both >= 0) & (both <= 1))
+    if ratios[1] <= 1.5:
+        assert both[0] >= both[1]
+    if ratios[0] >= low:
+        assert both[0] <= both[1]
+        np.testing.assert_array_equal(both, terms.length_penalty(ratios, 1.5))
+    edges = terms.length_penalty(np.float32([0, low / 2, low, 1, 1.5, 2.25, 3]), 1.5, low)
+    np.testing.assert_allclose(edges, [1, 0.5, 0, 0, 0, 0.5, 1], atol=1e-6)
+
+
 def test_repeated_share_counts_ngrams_seen_before() -> None:
     assert repeated_share(list("ababab"), n=2) == pytest.approx(3 / 5)
     assert repeated_share(list("abc")) == 0.0
@@ -85,7 +105,7 @@ def test_repeated_share_counts_ngrams_seen_before() -> None:
 def test_perfect_translation_gets_the_published_weights() -> None:
     rewards = scorer().score([TEXT], prompts(TEXT), tau=0.3)
     np.testing.assert_allclose(rewards.total, [[2.5]], atol=1e-5)
-    assert set(rewards.terms) == {"semantic", "language"}
+    assert set(rewards.terms) == {"semantic", "language", "length", "repetition"}
     assert rewards.total.dtype == np.float32
 
 
@@ -108,9 +128,18 @@ def test_language_gate_fires_softly_and_hard() -> None:
     assert hard.total[0, 0] == 0 and hard.terms["semantic"][0, 0] > 0
 
 
+class ChattyEncoder(WordEncoder):
+    """Gives every text a vector, as real encoders do: an empty one resembles all others."""
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        return super().embed(texts) + 1.0
+
+
 @pytest.mark.parametrize("empty", ["", "  \n", "\u200b\u200e"])
 def test_empty_completion_is_zero_in_every_term(empty: str) -> None:
-    rewards = scorer(**SHAPED).score([empty, TEXT], prompts(TEXT), tau=0.0)
+    one = Scorer(ChattyEncoder(), english, config.Reward(**SHAPED))  # type: ignore[arg-type]
+    rewards = one.score([empty, TEXT], prompts(TEXT), tau=0.0)
+    assert one.similarity_to_anchor([empty, TEXT], prompts(TEXT))[0] == 0
     for values in (rewards.total, rewards.similarity, *rewards.terms.values()):
         assert values[0, 0] == 0
     assert rewards.total[0, 1] > 2
@@ -205,6 +234,192 @@ def test_anchor_source_needs_no_target() -> None:
         scorer().score(["a", "b"], batch, tau=0.1)
 
 
+TIBETAN = ("བོད་ཡིག་ནི་སྐད་ཡིག་ཡིན།", "བོད་ཡིག་ནི་ཡིག་རིགས་ཡིན།")
+PAIRS = [
+    (TEXT, "the quick brown fox jumped over a lazy dog near the stone bridge"),
+    (TEXT, "the"),
+    ("It's 3.50, isn't it?", "it's \"3.50\", isn't it?"),
+    ("Caffeine", "a cat"),
+    TIBETAN,
+    ("今天天气很好。", "今天的天气好。"),
+]
+
+
+def tokens(text: str) -> str:
+    """Syllables or characters of the unspaced examples, cut by hand."""
+    for mark in "།。":
+        text = text.replace(mark, " ")
+    return " ".join(text.replace("་", " ").split() if "་" in text else "".join(text.split()))
+
+
+@pytest.mark.parametrize(("anchor", "text"), PAIRS)
+def test_lexical_scores_are_sacrebleus(anchor: str, text: str) -> None:
+    chrf = sacrebleu.sentence_chrf(text, [anchor], word_order=2).score / 100
+    if anchor.isascii():
+        bleu = sacrebleu.sentence_bleu(text, [anchor]).score / 100
+    else:
+        bleu = sacrebleu.sentence_bleu(tokens(text), [tokens(anchor)], tokenize="none").score / 100
+        assert bleu > 0
+    np.testing.assert_allclose(against("chrf", anchor, [text, "x", text])[[0, 2]], chrf, atol=1e-7)
+    np.testing.assert_allclose(against("bleu", anchor, [text, "x", text])[[0, 2]], bleu, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "chrf", "bleu"])
+@given(st.text(min_size=1, max_size=30), st.text(max_size=30))
+@settings(max_examples=25, deadline=None)
+def test_every_metric_is_1_for_the_same_text_and_0_for_none(
+    metric: str, anchor: str, other: str
+) -> None:
+    if not units(sanitise(anchor)):
+        anchor += "word"
+    one = scorer(metric=metric)
+    same, empty, any_text = one.similarity_to_anchor([anchor, " ", other], prompts(anchor))
+    assert same == pytest.approx(1.0, abs=1e-5) and empty == 0 and 0 <= any_text <= 1.0001
+
+
+@pytest.mark.parametrize("metric", ["cosine", "chrf", "bleu"])
+def test_similarity_to_anchor_is_what_score_uses(metric: str) -> None:
+    one = scorer(metric=metric)
+    batch = prompts(TEXT, "a cat sat on a mat")
+    texts = [TEXT, "a quick fox", "", "a cat sat on the mat", "dog", "a cat sat on a mat"]
+    alone = one.similarity_to_anchor(texts, batch)
+    rewards = one.score(texts, batch, tau=0.2)
+    assert alone.dtype == np.float32 and alone.shape == (6,)
+    np.testing.assert_allclose(np.reshape(rewards.similarity, -1), alone, atol=1e-6)
+    wanted = np.clip((alone - 0.2) / 0.8, 0, 1)
+    np.testing.assert_allclose(np.reshape(rewards.terms["semantic"], -1), wanted, atol=1e-6)
+    assert alone[0] == pytest.approx(1) and alone[2] == 0 and 0.2 < alone[3] < 1
+    assert one.similarity_to_anchor([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("metric", ["chrf", "bleu"])
+def test_lexical_rewards_leave_the_encoder_alone(metric: str) -> None:
+    encoder = TokenEncoder()
+    one = Scorer(encoder, english, config.Reward(metric=metric))
+    one.score([TEXT, "fox"], prompts(TEXT), tau=0.1)
+    one.similarity_to_anchor([TEXT], prompts(TEXT))
+    assert encoder.seen == [] and not one.reads_tokens(Path("mine"))
+    np.testing.assert_allclose(one.similarity(["a b"], ["b a"]), [1], atol=1e-6)  # evaluation's
+    assert encoder.seen
+
+
+def test_shuffling_deranges_and_uses_every_target_as_often() -> None:
+    targets = [f"sentence {i % 30}" for i in range(50)] + ["", "Sentence  0 "]
+    others = shuffled_targets(targets, seed=1)
+    plain = [target.casefold().split() for target in targets]
+    for mine, other in zip(plain, others, strict=True):
+        assert (other.casefold().split() != mine) if mine else other == ""
+    assert len({(t, o) for t, o in zip(targets[:50], others, strict=False)}) == 30
+    assert len(set(others)) == 31  # a permutation of the distinct ones, and ''
+    assert shuffled_targets(targets, seed=1) == others != shuffled_targets(targets, seed=2)
+    assert shuffled_targets(targets[::-1], seed=1) == others[::-1]
+    for few in ([], ["a", "A "], ["", "a"]):
+        with pytest.raises(ValueError, match="distinct targets"):
+            shuffled_targets(few, seed=0)
+
+
+def test_shuffling_stays_within_its_part_of_the_data() -> None:
+    train, dev = prompts("a", "b", "c"), prompts("x", "y", "a")
+    anchor_of = build_anchor("shuffled", [train, train[::-1], dev], seed=3)
+    assert {anchor_of(row) for row in train} == {"a", "b", "c"}
+    assert {anchor_of(row) for row in dev} == {"x", "y", "a"}
+    assert all(anchor_of(row) != row.target for row in train + dev)
+    with pytest.raises(ValueError, match="not prepared for"):
+        anchor_of(Row("new", "a", "9"))
+    with pytest.raises(ValueError, match="'shuffled' was not prepared"):
+        scorer(anchor="shuffled").score(["a"], train[:1], tau=0.1)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "chrf", "bleu"])
+def test_under_shuffled_references_being_right_earns_nothing(metric: str) -> None:
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("aeioubdgklmnrst"), 5)) for _ in range(400)]
+    batch = prompts(*(" ".join(draw.choice(words, 12)) for _ in range(60)))
+    right = [row.target for row in batch]
+    wrong = right[7:] + right[:7]
+
+    def gain(kind: str) -> float:
+        cfg = config.Reward(metric=metric, anchor=kind)
+        one = Scorer(WordEncoder(), english, cfg, build_anchor(kind, [batch], seed=0))
+        tau = calibrate_tau(one.similarity_to_anchor(wrong, batch), 0.25)
+        mean = [float(np.mean(one.score(texts, batch, tau).total)) for texts in (right, wrong)]
+        return mean[0] - mean[1]
+
+    assert gain("target") > 1.0 and abs(gain("shuffled")) < 0.1
+
+
+def test_shuffled_lengths_are_the_shuffled_references() -> None:
+    batch = prompts("one two three four", "one two")
+    cfg = config.Reward(anchor="shuffled", length_weight=0.5, max_length_ratio=1.0)
+    one = Scorer(WordEncoder(), english, cfg, build_anchor("shuffled", [batch]))
+    rewards = one.score(["one two three four", "one two"], batch, tau=0.0)
+    np.testing.assert_allclose(rewards.terms["length"], [[1.0], [0.0]])
+
+
+SG_SRL = {
+    "anchor": "source", "semantic_weight": 1.0, "language_weight": 0.0, "hard_gate": True,
+    "length_weight": 0.2, "repetition_weight": 0.05, "tau": 0.0,
+    "max_length_ratio": 2.5, "max_repetition": 0.15,
+}  # fmt: skip
+
+
+def sg_srl_batch() -> tuple[list[Row], list[str]]:
+    batch = prompts("", "", sources=("a red fox ran", "the blue whale sang a song"))
+    return batch, [
+        "a red fox ran", "a red fox бла", "a red fox " * 5, "fox " * 9,
+        "whale", "", "the blue whale sang", "whale song " * 3,
+    ]  # fmt: skip
+
+
+def test_sg_srl_is_its_formula() -> None:
+    batch, texts = sg_srl_batch()
+    one = scorer(**SG_SRL)
+    rewards = one.score(texts, batch, tau=0.0)
+    r = one.similarity(texts, [row.source for row in batch for _ in range(4)])
+    n = np.array([len(text.split()) for text in texts])
+    p_len = np.clip((n / np.median(n[n > 0]) - 2.5) / 2.5, 0, 1)
+    rep = np.array([repeated_share(text.split()) for text in texts])
+    p_rep = np.maximum(rep - 0.15, 0) / 0.85
+    wanted = english(texts) * np.maximum(r - 0.20 * p_len - 0.05 * p_rep, 0)
+    assert (p_len > 0).sum() == 1 and (p_rep > 0).sum() == 3 and (wanted == 0).sum() == 2
+    np.testing.assert_allclose(np.reshape(rewards.total, -1), wanted, atol=1e-6)
+
+
+def test_the_batchs_median_is_of_all_processes() -> None:
+    batch, texts = sg_srl_batch()
+    whole = scorer(**SG_SRL).score(texts, batch, tau=0.0)
+    lengths = np.float32([len(text.split()) for text in texts]).reshape(2, 4)
+    for process in (0, 1):
+
+        def gather(mine: np.ndarray, process: int = process) -> np.ndarray:
+            np.testing.assert_array_equal(mine, lengths[process : process + 1])
+            return lengths
+
+        cfg = config.Reward(**SG_SRL)  # type: ignore[arg-type]
+        one = Scorer(WordEncoder(), english, cfg, gather=gather)
+        part = one.score(texts[process * 4 : process * 4 + 4], batch[process : process + 1], 0.0)
+        np.testing.assert_array_equal(part.total[0], whole.total[process])
+
+
+def test_without_the_language_gate_its_rate_is_still_logged() -> None:
+    texts = [TEXT, TEXT + " и ещё"]
+    rewards = scorer(language_weight=0.0).score(texts, prompts(TEXT), tau=0.3)
+    np.testing.assert_array_equal(rewards.terms["language"], [[1, 0]])
+    np.testing.assert_allclose(rewards.total, 1.5 * rewards.terms["semantic"], rtol=1e-6)
+    assert within_group_stats(rewards)["rewards/language/mean"] == 0.5
+
+
+def test_leaving_words_out_costs_with_a_least_length() -> None:
+    texts = [TEXT, " ".join(TEXT.split()[:7])]  # half of the words
+    free = scorer(length_weight=0.5).score(texts, prompts(TEXT), tau=0.3)
+    strict = scorer(length_weight=0.5, min_length_ratio=0.8).score(texts, prompts(TEXT), tau=0.3)
+    np.testing.assert_array_equal(free.terms["length"], [[0, 0]])
+    np.testing.assert_allclose(strict.terms["length"], [[0, 1 - 0.5 / 0.8]], atol=1e-6)
+    assert strict.total[0, 0] == free.total[0, 0]
+    lost = float(free.total[0, 1] - strict.total[0, 1])
+    assert lost == pytest.approx(0.5 * (1 - 0.5 / 0.8), abs=1e-6)
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="3 texts for 2 rows"):
         scorer().score(["a"] * 3, prompts("a", "b"), tau=0.1)
@@ -212,6 +427,8 @@ def test_bad_arguments_are_named() -> None:
         scorer().score(["a"], prompts("a"), tau=1.0)
     with pytest.raises(ValueError, match="reward.anchor"):
         scorer(anchor="both")
+    with pytest.raises(ValueError, match="reward.metric: got 'rouge'"):
+        scorer(metric="rouge")
 
 
 def test_similarity_pairs_texts_with_anchors() -> None:

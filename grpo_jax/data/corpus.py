@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax import config
 from grpo_jax.data.sources import read_rows
-from grpo_jax.data.splits import split_rows, uniform
+from grpo_jax.data.splits import normalise, split_rows, uniform
 from grpo_jax.structs import Row
 from grpo_jax.text.tokenizer import Tokenizer
 
@@ -80,6 +80,29 @@ def load_corpus(
         "skipped_rows": skipped[:_LISTED],
     }
     return Corpus(cold_start, train, dev, test, report)
+
+
+def load_test_set(
+    path: str, cfg: config.Data, tokenizer: Tokenizer, seen: Iterable[Example]
+) -> list[Example]:
+    """A further test set, read and prompted as `cfg` says, without the rows of `seen`.
+
+    Raises:
+      FileNotFoundError, ValueError: missing, malformed, or nothing is left.
+    """
+    known = {normalise(text) for example in seen for text in example.row[:2] if text}
+    rows = [
+        row
+        for row in read_rows(path, cfg)[0]
+        if normalise(row.source) not in known and normalise(row.target) not in known
+    ]
+    examples = list(_Encoder(cfg, tokenizer)(rows))
+    if not examples:
+        raise ValueError(
+            f"evaluation.out_of_domain: {path} has no row that fits data.max_prompt_length="
+            f"{cfg.max_prompt_length} and is not a training row"
+        )
+    return examples
 
 
 def _given(path: str, name: str, resolve: Callable[[str], str]) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_jax.text.measures import is_empty, repeated_share, sanitise
-from grpo_jax.text.scripts import units
+from grpo_jax.text.scripts import units, written_without_spaces
 
 COPIED = 0.8  # share of the hypothesis's units that also stand in the source
 
@@ -207,12 +207,6 @@ class _Units:
 
     def tokenize(self, text: str) -> list[str]:
         return units(text)
-
-
-def written_without_spaces(texts: Sequence[str]) -> bool:
-    """True when `units` finds over twice as many pieces as there are stretches between spaces."""
-    words = sum(len(text.split()) for text in texts)
-    return sum(len(units(text)) for text in texts) > 2 * words
 
 
 def _overlap(piece: list[str], source: list[str]) -> float:

@@ -171,7 +171,7 @@ def provenance(view: View) -> str:
     parts = [_arms(view)]
     runs = view.report["runs"]
     for run in runs:
-        rest = {name: value for name, value in run.items() if name != "config"}
+        rest = {name: value for name, value in run.items() if name not in ("config", "arms")}
         note = "versions, devices, seed" if len(runs) == 1 else str(run["workdir"])
         parts.append(_key_values("Run", note, rest, opened=len(runs) == 1))
     sections = {k: v for k, v in section(runs[0], "config").items() if k != "arms"}

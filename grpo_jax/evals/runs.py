@@ -1,7 +1,6 @@
 """The files of a working directory in, a `Run` out; and which runs are seeds of one experiment.
 
-Arms are a tree: each starts from another one, or from base. They are the rows of `arms` in the
-configuration; without them, the training stages, each starting from the one before. Floors are
+Arms are a tree: each starts from another one, or from base; config.json lists them. Floors are
 systems without training (copying the source, looking up the nearest sentence).
 """
 
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_jax.config import TRAINING, Config
+from grpo_jax.config import Config
 from grpo_jax.config_dicts import flatten, identity, stage_fields, to_dict
-from grpo_jax.evals.table import FLOORS, MODELS, is_number, order, title
+from grpo_jax.evals.table import FLOORS, is_number, order, title
 
 Json = dict[str, Any]
 Series = dict[str, list[tuple[float, float]]]  # metric -> (step, value), in order
@@ -45,7 +44,6 @@ class Run(NamedTuple):
     metrics: dict[str, Series]  # by arm
     rollouts: list[Json]  # samples.jsonl
     evaluations: dict[str, Json]  # by arm
-    done: dict[str, Json]  # done/STAGE.json, "info" of each
 
 
 def read_run(workdir: Path) -> Run:
@@ -74,7 +72,6 @@ def read_run(workdir: Path) -> Run:
         for name, found in read.items()
         if section(found, "target") or section(found, "retention")
     }
-    done = {path.stem: _read_json(path) for path in sorted((workdir / "done").glob("*.json"))}
     seed = config.get("seed")
     return Run(
         path=str(workdir),
@@ -85,7 +82,6 @@ def read_run(workdir: Path) -> Run:
         metrics=series,
         rollouts=_read_lines(samples),
         evaluations=evaluations,
-        done={name: section(record, "info") for name, record in done.items()},
     )
 
 
@@ -116,7 +112,8 @@ def check_seeds(runs: Sequence[Run]) -> None:
                 "them would count one run twice. Leave one out."
             )
         known[run.seed] = run
-        values.append(base | identity(config) | stage_fields(config, "evaluate"))
+        own = {f"arm {arm.name}": arm._asdict() for arm in run.arms if arm.overrides}
+        values.append(base | identity(config) | stage_fields(config, "evaluate") | own)
     first = values[0]
     for run, other in zip(runs[1:], values[1:], strict=True):
         different = [
@@ -157,26 +154,19 @@ def _with_tasks(evaluation: Json) -> Json:
 
 def _arms(config: Json, evaluations: dict[str, Json], metrics: dict[str, Series]) -> list[Arm]:
     """Base, the arms in their order, what else was measured, the floors."""
-    rows = section(config, "config").get("arms")
+    rows = config.get("arms")
     found: dict[str, Arm] = {}
-    if isinstance(rows, list) and rows:
-        for row in rows:
-            name, start = str(row.get("name", "")), str(row.get("start") or "base")
-            method, group = str(row.get("method", "")), str(row.get("group") or "")
-            overrides = flatten(section(row, "overrides"))
-            found[name] = Arm(name, title(name), method, start, group, overrides)
-    else:
-        stages = config.get("training_stages") or section(config, "config").get("stages") or []
-        before = "base"
-        for name in (*stages, *(n for n in TRAINING if n in evaluations or n in metrics)):
-            if name in TRAINING and name not in found:
-                found[name] = Arm(name, title(name), name, before, "", {})
-                before = name
+    for row in rows if isinstance(rows, list) else []:
+        name, start = str(row.get("name", "")), str(row.get("start") or "base")
+        method, group = str(row.get("method", "")), str(row.get("group") or "")
+        overrides = flatten(section(row, "overrides"))
+        found[name] = Arm(name, title(name), method, start, group, overrides)
     for name in order({*evaluations, *metrics} - found.keys()):
         evaluation = evaluations.get(name, {})
         group = str(evaluation.get("group") or "")
         is_floor = name in FLOORS or evaluation.get("method") == "floor"
-        method = "floor" if is_floor else name if name in MODELS else ""
+        method = "floor" if is_floor else str(evaluation.get("method") or "")
+        method = "base" if name == "base" else method
         start = "" if is_floor or name == "base" else "base"
         found[name] = Arm(name, title(name), method, start, group, {})
     place = {"base": 0, "floor": 2}

@@ -244,18 +244,17 @@ def _curve(series: list[list[tuple[float, float]]]) -> Json:
 
 
 def _costs(arms: list[Arm], runs: Sequence[Run]) -> dict[str, Json]:
-    """Mean over the runs that know them; a stage's seconds stand in for an arm's."""
+    """Mean over the runs that know them; of training and of evaluation."""
     found: dict[str, Json] = {}
     for arm in arms:
         rows: list[Json] = []
         for run in runs:
             evaluation = run.evaluations.get(arm.name, {})
             cost = section(evaluation, "cost")
-            done = run.done.get(arm.name, {})
             rows.append(
                 {
                     "tokens": cost.get("tokens"),
-                    "seconds": cost.get("seconds", done.get("seconds")),
+                    "seconds": cost.get("seconds"),
                     "peak_bytes": cost.get("peak_bytes"),
                     "evaluation_seconds": evaluation.get("seconds"),
                     "evaluation_tokens": evaluation.get("tokens"),

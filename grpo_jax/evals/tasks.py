@@ -27,9 +27,9 @@ from grpo_jax.evals.metrics import (
     Statistic,
     bootstrap_intervals,
     paired_bootstrap,
-    written_without_spaces,
 )
 from grpo_jax.evals.task_files import Choice, Question, read_choices, read_questions
+from grpo_jax.text.scripts import written_without_spaces
 
 KINDS = ("multiple_choice", "reading", "format")
 NO_ANSWER = 'If the text does not answer the question, write "unanswerable".'

@@ -1,16 +1,19 @@
 """Checkpoints of a stage, over Orbax: FOLDER/STEP/, written in the background, each one whole.
 
-With the state goes a checksum of every leaf, computed on the devices from its bits. Orbax notices a
-missing or truncated file but not a flipped bit; `restore` compares the checksums and so notices
-both, sets a damaged checkpoint aside and takes the one before.
+With the state goes a checksum of every leaf, computed on the devices from its bits, and one of all
+that is said about the step. Orbax notices a missing or truncated file but not a flipped bit;
+`restore` compares the checksums and so notices both, sets a damaged checkpoint aside and takes the
+one before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.infra import distributed
-from grpo_jax.infra.workdir import require_space
+from grpo_jax.infra.files import require_space
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Checkpoints:
         if distributed.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
+        self._set_aside_unreadable()
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["score"],
@@ -67,14 +71,15 @@ class Checkpoints:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             require_space(self._folder, size + size // 10, f"checkpoint {step}")
         json.dumps(aux, allow_nan=False)  # what is not JSON fails here, not in the background
-        metrics = {"score": float(score)} if score is not None and math.isfinite(score) else None
+        score = None if score is None or not math.isfinite(score) else float(score)
+        said = {"aux": aux, "leaves": self._describe(state), "score": score}
         with self._explained(f"checkpoint {step} could not be written"):
             self._orbax.save_checkpointables_async(
                 step,
                 {"state": state},
                 force=True,
-                metrics=metrics,
-                custom_metadata={"aux": aux, "leaves": self._describe(state)},
+                metrics=None if score is None else {"score": score},
+                custom_metadata=said | {"digest": _digest(said)},
             )
 
     def latest(self) -> int | None:
@@ -83,12 +88,17 @@ class Checkpoints:
         return max(steps) if steps else None
 
     def best(self) -> int | None:
-        """The step with the highest score, the newest of equals; None if none has a score."""
-        scored = [
-            (checkpoint.metrics["score"], checkpoint.step)
-            for checkpoint in self._orbax.checkpoints
-            if checkpoint.metrics
-        ]
+        """The step with the highest score, the newest of equals; None if none has a score.
+
+        A checkpoint whose metadata are damaged has none, and a warning says so.
+        """
+        scored = []
+        for step in self._steps():
+            try:
+                scored.append((self._said(step)["score"], step))
+            except _Damaged as damage:
+                _log.warning("checkpoint %s: %s; not considered for the best", step, damage)
+        scored = [found for found in scored if found[0] is not None]
         return max(scored)[1] if scored else None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -144,12 +154,21 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _said(self, step: int) -> dict[str, Any]:
+        """aux, leaves and score of a step, as they were saved; _Damaged if they are not."""
         try:
-            saved = self._orbax.checkpointables_metadata(step).custom_metadata
-            leaves, aux = saved["leaves"], saved["aux"]
+            saved = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+            digest = saved.pop("digest")
+            said = {name: saved[name] for name in ("aux", "leaves", "score")}
         except Exception as error:  # Orbax has no one error for unreadable files
             raise _Damaged(f"its metadata cannot be read: {_first_line(error)}") from None
+        if digest != _digest(said):
+            raise _Damaged("the checksum of its metadata differs")
+        return said
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        said = self._said(step)
+        leaves, aux = said["leaves"], said["aux"]
         _check_same_leaves(self._folder / str(step), leaves, _shapes(abstract_state))
         try:
             loaded = self._orbax.load_checkpointables(step, {"state": abstract_state})
@@ -168,16 +187,35 @@ class Checkpoints:
         return {k: [*v, int(bits)] for (k, v), bits in zip(shapes, sums, strict=True)}
 
     def _set_aside(self, step: int, damage: str) -> None:
-        aside = self._folder / f"damaged-{step}"
-        _log.warning("checkpoint %s is damaged (%s); moved to %s", step, damage, aside)
-        if distributed.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            (self._folder / str(step)).rename(aside)
+        self._move_aside(step, damage)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("damaged checkpoint set aside")
         self._orbax.reload()
+
+    def _move_aside(self, step: int, damage: str) -> None:
+        aside = self._folder / f"damaged-{step}"
+        _log.warning("checkpoint %s is damaged (%s); moved to %s", step, damage, aside)
+        if distributed.is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+
+    def _set_aside_unreadable(self) -> None:
+        """Moves away steps whose mere presence would keep Orbax from opening the folder."""
+        if not (reason := _unreadable(self._folder)):
+            return
+        if jax.process_count() > 1:  # one of them alone cannot open a folder
+            raise ValueError(
+                f"{self._folder}: one of the checkpoints is damaged ({reason}); move it away"
+            )
+        for path in sorted(self._folder.iterdir()):
+            if path.name.isdecimal() and path.is_dir():
+                with tempfile.TemporaryDirectory() as alone:
+                    (Path(alone) / path.name).symlink_to(path)
+                    reason = _unreadable(Path(alone))
+                if reason:
+                    self._move_aside(int(path.name), f"its metadata cannot be read: {reason}")
 
     def _clear_leftovers(self) -> None:
         """Removes what a kill or a failure in the middle of a write left; Orbax only ignores it."""
@@ -203,6 +241,17 @@ class _Damaged(Exception):
     """A checkpoint that cannot be read, or whose bits are not those that were saved."""
 
 
+def _unreadable(folder: Path) -> str:
+    """Why Orbax cannot list the checkpoints of a folder; '' if it can."""
+    try:
+        with ocp.training.Checkpointer(folder) as orbax:
+            for checkpoint in orbax.checkpoints:
+                float((checkpoint.metrics or {"score": 0.0})["score"])
+    except Exception as error:  # whatever its parsers raise
+        return _first_line(error)
+    return ""
+
+
 def sum_bits(x: jax.Array) -> jax.Array:
     """A checksum of any array's bits: uint32 [].
 
@@ -218,6 +267,11 @@ def sum_bits(x: jax.Array) -> jax.Array:
             jnp.uint32, bits.shape, dimension
         )
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _digest(said: dict[str, Any]) -> str:
+    """A checksum of JSON-ready facts."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _shapes(tree: Any) -> dict[str, list[Any]]:

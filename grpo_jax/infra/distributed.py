@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 
 def initialize() -> None:
@@ -48,6 +49,32 @@ def announced(environ: Mapping[str, str]) -> bool:
 def is_main() -> bool:
     """True on the one process that writes files and prints."""
     return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agreed(flag: bool) -> bool:
+    """The main process's flag, on every process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """Joins an array of every process along the first axis, in the order of the processes."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
 
 
 def _has_ranks(environ: Mapping[str, str]) -> bool:

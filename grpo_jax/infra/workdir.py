@@ -1,62 +1,74 @@
 """The working directory: what a run leaves, and how an interrupted run finds its place again.
 
-Everything here survives a kill at any moment: files are replaced whole (write, then rename), rows
-are appended in one write, a torn last row is cut off when the run comes back. Only the main
-process writes; the others wait for it in `open`.
+Each arm has a record, arms/NAME.json, of what decides its weights: a folder is taken up again as
+long as the arms that are there would be trained the same way, and arms may be added. Several
+programs may work in one folder at one time on arms of their own (`only`). Only the main process
+writes; the others wait for it in `open`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import logging
 import os
 import secrets
-import shutil
-import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_jax.config import STAGES, TRAINING, Config
-from grpo_jax.config_dicts import fingerprint, flatten, identity, stage_fields, to_dict
+from grpo_jax.config import Arm, Config
+from grpo_jax.config_arms import arm_identity, arms_of
+from grpo_jax.config_dicts import fingerprint, flatten, stage_fields, to_dict
 from grpo_jax.infra import distributed
+from grpo_jax.infra.files import (
+    Lock,
+    append_jsonl,
+    json_line,
+    mend,
+    read_json,
+    read_jsonl,
+    require_space,
+    waiting,
+    write_json,
+    write_text,
+)
 from grpo_jax.infra.provenance import describe_run
 
 _log = logging.getLogger(__name__)
 
-RESULTS = ("checkpoints", "evaluation", "metrics.jsonl")  # what makes a folder belong to its run
 REFUSED = -1  # in place of a seed
 MIN_FREE_BYTES = 200 * 2**20  # less than this at the start and the run will not get far
 
 
 class Workdir:
-    """WORKDIR of a run; make it with `open`. Holds a lock until `close` or the process's end."""
+    """WORKDIR of a run; make it with `open`. Holds its locks until `close` or the process's end."""
 
-    def __init__(self, path: Path, seed: int, values: dict[str, Any], lock: int | None):
+    def __init__(self, path: Path, cfg: Config, seed: int, locks: list[Lock]):
         self.path = path
         self.seed = seed  # the config's, or the one drawn when the run began
-        self._values = values
-        self._lock = lock
+        self.arms: dict[str, Arm] = _arms(path, cfg)  # in their order, the base left out
+        self._cfg = cfg
+        self._locks = locks
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], cfg: Config) -> Workdir:
         """Creates the folder, or takes up the run that is in it.
 
         Raises:
-          ValueError: the folder holds results of another configuration, or another run uses it.
+          ValueError: the folder holds arms of another configuration, or another run works on them.
           OSError: it cannot be written, or the disk is nearly full.
         """
         folder = Path(path).expanduser().absolute()
-        lock, seed, error = None, REFUSED, None
+        locks: list[Lock] = []
+        seed, error = REFUSED, None
         if distributed.is_main():
             try:
                 _check_disk(folder)
-                lock = _take_lock(folder)
+                _take_locks(folder, cfg, locks)
                 seed = _enter(folder, cfg)
             except (OSError, ValueError) as reason:
                 error = reason
@@ -65,10 +77,10 @@ class Workdir:
 
             seed = int(multihost_utils.broadcast_one_to_all(np.int32(seed)))
         if seed == REFUSED:
-            if lock is not None:
-                os.close(lock)
+            for lock in locks:
+                lock.release()
             raise error or ValueError(f"workdir {folder}: refused; see the first process's message")
-        return cls(folder, seed, to_dict(cfg), lock)
+        return cls(folder, cfg, seed, locks)
 
     @property
     def config(self) -> Path:
@@ -104,126 +116,122 @@ class Workdir:
         return self.path / "report.html"
 
     def close(self) -> None:
-        """Lets another process use the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Lets other processes use the folder."""
+        for lock in self._locks:
+            lock.release()
+        self._locks.clear()
 
-    def stage_done(self, stage: str) -> dict[str, Any] | None:
-        """What `mark_done` was told when the stage finished, or None if it has to run.
+    # Arms
 
-        A finished stage has to run again when an earlier one was added since, an evaluation or
-        export also when its own part of the config has changed.
-        """
-        record = read_json(self._marker(stage))
-        if record is None or record["inputs"] != self._inputs(stage):
-            return None
-        return record["info"]
+    def arm_done(self, name: str) -> dict[str, Any] | None:
+        """What `finish_arm` was told, or None if the arm has still to be trained."""
+        record = read_json(_record(self.path, name))
+        return record["cost"] if record is not None and record["done"] else None
 
-    def mark_done(self, stage: str, info: dict[str, Any] | None = None) -> None:
-        """Records that the stage has finished, with what later stages want to know of it."""
+    def arm_cost(self, name: str) -> dict[str, Any]:
+        """What an arm has cost so far; {} before it began."""
+        record = read_json(_record(self.path, name))
+        return record["cost"] if record is not None else {}
+
+    def note_arm(self, name: str, cost: dict[str, Any], done: bool = False) -> None:
+        """Records an arm, what its training has cost so far, and whether it is finished."""
         if distributed.is_main():
-            record = {"stage": stage, "inputs": self._inputs(stage), "info": info or {}}
-            write_json(self._marker(stage), record)
-        if jax.process_count() > 1:  # all are to agree on what has been done
-            from jax.experimental import multihost_utils
+            identity = arm_identity(self._cfg, self.arms[name])
+            record = {"arm": name, "done": done, "cost": cost, "identity": identity}
+            write_json(_record(self.path, name), record)
+        if done:  # all are to agree on what has been done
+            distributed.barrier(f"{name} is done")
 
-            multihost_utils.sync_global_devices(f"{stage} is done")
+    def wait_for(self, name: str) -> None:
+        """Returns when an arm is finished that another program may be working on.
 
-    def rewind(self, stage: str, first: int) -> None:
-        """Drops the metric and sample rows that a resumed run will write again.
-
-        Those are the rows of `stage` from step `first` on, the first step that the resumed loop
-        runs, and all rows of later stages. Call it before the loop, also when `first` is 0.
+        Raises:
+          ValueError: it is not finished, and nobody works on it.
         """
-        if not distributed.is_main():
-            return
-        later = STAGES[STAGES.index(stage) + 1 :]
-        for path in (self.metrics, self.samples):
-            rows = read_jsonl(path)
-            keep = [
-                row
-                for row in rows
-                if row["stage"] not in later
-                and not (row["stage"] == stage and row["step"] >= first)
-            ]
-            if len(keep) < len(rows):
-                write_text(path, "".join(_line(row) for row in keep))
+        refused = False
+        if distributed.is_main() and self.arm_done(name) is None:
+            lock = _arm_lock(self.path, name)
+            with waiting(lock, f"works on {name}"):
+                refused = self.arm_done(name) is None
+        if distributed.agreed(refused):
+            raise ValueError(
+                f"workdir {self.path}: {name} is not finished, and nobody works on it; run it "
+                f"first, --config.only={name}, or leave `only` out"
+            )
 
-    def _marker(self, stage: str) -> Path:
-        return self.path / "done" / f"{stage}.json"
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Holds what programs that share the folder do one at a time, such as measuring base."""
+        lock = _arm_lock(self.path, name)
+        with waiting(lock, f"works on {name}") if distributed.is_main() else nullcontext():
+            distributed.barrier(f"{name} begins")
+            yield
+            distributed.barrier(f"{name} ends")
+
+    # Stages behind the training
+
+    def stage_done(self, stage: str) -> bool:
+        """Whether a stage behind the training has run for all arms that are finished now.
+
+        It has to run again when its own part of the config has changed.
+        """
+        record = read_json(self.path / "done" / f"{stage}.json")
+        return record is not None and record["inputs"] == self._inputs(stage)
+
+    def mark_done(self, stage: str) -> None:
+        """Records that the stage has finished."""
+        if distributed.is_main():
+            record = {"stage": stage, "inputs": self._inputs(stage)}
+            write_json(self.path / "done" / f"{stage}.json", record)
+        distributed.barrier(f"{stage} is done")
 
     def _inputs(self, stage: str) -> dict[str, Any]:
-        earlier = STAGES[: STAGES.index(stage)]
-        after = [s for s in TRAINING if s in earlier and self._marker(s).exists()]
-        return {"after": after} | stage_fields(self._values, stage)
+        done = [name for name in self.arms if self.arm_done(name) is not None]
+        return {"after": done, **stage_fields(to_dict(self._cfg), stage)}
+
+    # Rows
+
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl or samples.jsonl, which several programs may write."""
+        with waiting(_row_lock(self.path), "writes rows"):
+            append_jsonl(path, row)
+
+    def rewind(self, arm: str, first: int) -> None:
+        """Drops the rows of an arm from step `first` on, which a resumed run will write again."""
+        if not distributed.is_main():
+            return
+        with waiting(_row_lock(self.path), "writes rows"):
+            for path in (self.metrics, self.samples):
+                rows = read_jsonl(path)
+                keep = [row for row in rows if row["stage"] != arm or row["step"] < first]
+                if len(keep) < len(rows):
+                    write_text(path, "".join(json_line(row) for row in keep))
 
 
-def require_space(path: Path, needed: int, what: str) -> None:
-    """Raises OSError unless `needed` bytes are free on the disk of `path`."""
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise OSError(
-            f"{what}: needs {needed / 2**20:,.0f} MiB, but the disk of {path} has only "
-            f"{free / 2**20:,.0f} MiB free; make room and start the same command again, it goes on "
-            "from the last checkpoint"
-        )
+def _record(folder: Path, name: str) -> Path:
+    return folder / "arms" / f"{name}.json"
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, in one write. NaN and infinity raise ValueError."""
-    line = _line(row).encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        before = os.fstat(handle).st_size
-        if os.write(handle, line) < len(line):
-            os.ftruncate(handle, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror}); make room on the disk and start the "
-            "same command again"
-        ) from None
-    finally:
-        os.close(handle)
+def _arm_lock(folder: Path, name: str) -> Lock:
+    return Lock(folder / "arms" / f".{name}.lock")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `append_jsonl` wrote; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _row_lock(folder: Path) -> Lock:
+    return Lock(folder / ".rows.lock")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file whole; creates its folder."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def _arms(folder: Path, cfg: Config) -> dict[str, Arm]:
+    def done(name: str) -> bool:
+        record = read_json(_record(folder, name))
+        return record is not None and record["done"]
 
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file whole: readers see the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return arms_of(cfg, done)
 
 
 def _check_disk(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
+        probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
@@ -233,88 +241,78 @@ def _check_disk(folder: Path) -> None:
     require_space(folder, MIN_FREE_BYTES, "a run")
 
 
-def _take_lock(folder: Path) -> int:
-    """The open lock file's descriptor. The kernel lets go of the lock however the process ends."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise ValueError(
-            f"workdir {folder}: in use by {holder}; wait for that run, stop it, or choose another "
-            "--workdir"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        _log.warning("workdir %s: cannot be locked (%s); start no second run in it", folder, error)
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return lock
+def _take_locks(folder: Path, cfg: Config, locks: list[Lock]) -> None:
+    """The whole folder, or with `only` a share of it and these arms; what was taken is in `locks`.
+
+    Raises:
+      ValueError: another process has one of them.
+    """
+    everything = Lock(folder / ".lock")
+    wanted = [(everything, bool(cfg.only), "it")]
+    wanted += [(_arm_lock(folder, name), False, name) for name in cfg.only]
+    for lock, shared, what in wanted:
+        if not lock.take(shared=shared):
+            holder = lock.holder() or "another process"
+            raise ValueError(
+                f"workdir {folder}: {what} is in use by {holder}; wait for that run, stop it, or "
+                "choose another --workdir. Runs share one when each is given arms (`only`) of its "
+                "own"
+            )
+        locks.append(lock)
 
 
 def _enter(folder: Path, cfg: Config) -> int:
-    """Compares with the run that is there, writes config.json, mends torn rows; the seed."""
-    values = to_dict(cfg)
-    stages = [s for s in cfg.stages if s in TRAINING]
+    """Compares with the arms that are there, writes config.json, mends torn rows; the seed."""
     try:
-        old = read_json(folder / "config.json")
-        old_values, old_seed = (old["config"], old["seed"]) if old else (values, cfg.seed)
-        old_stages = old["training_stages"] if old else stages
-    except (ValueError, KeyError, TypeError):
+        old = read_json(folder / "config.json") or {}
+        old_seed, started = (old["seed"], old["started"]) if old else (cfg.seed, None)
+        arms = _arms(folder, cfg)
+        different = []
+        for name, arm in arms.items():
+            record = read_json(_record(folder, name))
+            if record is not None and (record["done"] or _has_checkpoints(folder, name)):
+                different += _differences(record["identity"], arm_identity(cfg, arm), name)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"workdir {folder}: its config.json is not one of this program's; choose another "
+            f"workdir {folder}: its config.json or arms/ are not this program's; choose another "
             "--workdir"
         ) from None
-    # A training stage that is only now added brings its own settings.
-    ahead = tuple(f"{stage}." for stage in TRAINING if stage not in old_stages)
-    different = [d for d in _differences(old_values, values) if not d.startswith(ahead)]
-    if cfg.seed not in (None, old_seed):
+    begun = any(_has_checkpoints(folder, path.stem) for path in folder.glob("arms/*.json"))
+    if begun and cfg.seed not in (None, old_seed):
         different.append(f"seed: was {old_seed}, now {cfg.seed}")
-    common = min(len(stages), len(old_stages))
-    if stages[:common] != old_stages[:common]:
-        different.append(f"stages: was {', '.join(old_stages)}, now {', '.join(stages)}")
-    if different and not any((folder / name).exists() for name in RESULTS):
-        old, old_seed, old_stages, different = None, cfg.seed, stages, []  # it never got anywhere
     if different:
         raise ValueError(
             f"workdir {folder}: belongs to a run with another configuration; choose another "
             "--workdir, or set these fields back to go on with that run:\n  "
-            + "\n  ".join(different)
+            + "\n  ".join(dict.fromkeys(different))
         )
-    seed = secrets.randbelow(2**31) if old_seed is None else old_seed
+    seed = old_seed if begun or cfg.seed is None else cfg.seed
+    seed = secrets.randbelow(2**31) if seed is None else seed
     record = {
-        "config": values,
+        "config": to_dict(cfg),
+        "arms": [to_dict(arm) for arm in arms.values()],
         "seed": seed,
         "fingerprint": fingerprint(cfg),
-        "training_stages": max(stages, old_stages, key=len),
-        "started": old["started"] if old else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": started or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json(folder / "config.json", record | describe_run())
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        _mend(folder / name)
+    with waiting(_row_lock(folder), "writes rows"):
+        write_json(folder / "config.json", record | describe_run())
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            mend(folder / file)
     return seed
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Identity fields in which two configs differ; a field that one lacks has its default there."""
+def _has_checkpoints(folder: Path, name: str) -> bool:
+    return any(path.name.isdigit() for path in (folder / "checkpoints" / name).glob("*"))
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any], name: str) -> list[str]:
+    """Fields in which an arm's record differs; one that a record lacks had its default then."""
     default = flatten(to_dict(Config()))
-    was, now = identity(old), identity(new)
     lines = []
-    for name in sorted(was.keys() | now.keys()):
-        before = was.get(name, default.get(name))
-        after = now.get(name, default.get(name))
+    for field in sorted(was.keys() | now.keys()):
+        before, after = was.get(field, default.get(field)), now.get(field, default.get(field))
         if before != after:
-            lines.append(f"{name}: was {before!r}, now {after!r}")
+            at = field if "." in field else f"{name}'s {field}"
+            lines.append(f"{at}: was {before!r}, now {after!r}")
     return lines
-
-
-def _mend(path: Path) -> None:
-    """Cuts off what a kill or a full disk left behind the last whole row."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        data = file.read()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            _log.warning("%s: cut off a torn last row (%d bytes)", path, len(data) - end)
-            file.truncate(end)

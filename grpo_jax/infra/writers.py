@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from grpo_jax.infra import distributed
-from grpo_jax.infra.workdir import Workdir, append_jsonl
+from grpo_jax.infra.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
@@ -38,14 +38,15 @@ class MetricWriter:
             row[name] = self._clean(name, value)
             if isinstance(row[name], float | int):
                 board.add_scalar(name, row[name], int(step))
-        append_jsonl(self._workdir.metrics, row)
+        self._workdir.append(self._workdir.metrics, row)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends {"stage", "step", **row} for each row: prompt, completion, rewards and so on."""
         if distributed.is_main():
-            for row in rows:
-                clean = {name: self._clean(name, value) for name, value in row.items()}
-                append_jsonl(self._workdir.samples, {"stage": stage, "step": int(step)} | clean)
+            for sample in rows:
+                clean = {name: self._clean(name, value) for name, value in sample.items()}
+                row = {"stage": stage, "step": int(step)} | clean
+                self._workdir.append(self._workdir.samples, row)
 
     def close(self) -> None:
         """Flushes TensorBoard's files."""

@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
     advantages: Array  # float32
     old_logps: Array | None = None  # float32
     ref_logps: Array | None = None  # float32
+    beta: Array | None = None  # float32
 
 
 # (logps, entropy, tokens) -> the loss of these tokens, float32 [], and their Stats.
@@ -51,8 +52,13 @@ class Loss(NamedTuple):
 
 def tokens_of(batch: TrainBatch, weights: Array, shares: Array) -> Tokens:
     """A batch's completion tokens, arrays [P, G, T]; weights and shares of `token_weights`."""
-    advantages = jnp.broadcast_to(batch.advantages[..., None], batch.mask.shape)
-    return Tokens(batch.mask, weights, shares, advantages, batch.old_logps, batch.ref_logps)
+
+    def spread(rows: Array) -> Array:
+        return jnp.broadcast_to(rows[..., None], batch.mask.shape)
+
+    beta = None if batch.beta is None else spread(batch.beta)
+    old, ref = batch.old_logps, batch.ref_logps
+    return Tokens(batch.mask, weights, shares, spread(batch.advantages), old, ref, beta)
 
 
 def token_weights(mask: Array, loss_type: str, max_completion_length: int) -> Array:
@@ -134,7 +140,10 @@ def build_grpo_loss(cfg: GRPO, on_policy: bool) -> Loss:
             ref_logps = jnp.where(tokens.mask, tokens.ref_logps, logps)
             kl = kl_estimate(logps, ref_logps, cfg.kl_estimator)
             corrected = kl * ratio if cfg.kl_bias_correction else kl
-            loss = loss + cfg.beta * jnp.sum(corrected * tokens.weights)
+            if tokens.beta is None:
+                loss = loss + cfg.beta * jnp.sum(corrected * tokens.weights)
+            else:
+                loss = loss + jnp.sum(tokens.beta * corrected * tokens.weights)
             means["kl"] = jnp.sum(kl * tokens.shares)
         return loss, Stats(means, maxima)
 

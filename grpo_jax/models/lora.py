@@ -59,9 +59,13 @@ def init(key: jax.Array, params: dict, cfg: Lora) -> dict:
 
 def scaled(adapter: dict, cfg: Lora) -> dict:
     """The adapter with alpha / rank folded into lora_b, as the modules and `merge` expect it."""
-    scale = cfg.alpha / cfg.rank
+    return weighted(adapter, cfg.alpha / cfg.rank)
+
+
+def weighted(adapter: dict, weight: float) -> dict:
+    """The adapter that adds `weight` times what this one adds."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x * scale if path[-1].key == "lora_b" else x, adapter
+        lambda path, x: x * weight if path[-1].key == "lora_b" else x, adapter
     )
 
 

@@ -1,19 +1,20 @@
-"""tau from the cold-start model: dev cosines in, the threshold of the semantic reward out."""
+"""tau from the cold-start model: dev similarities in, the threshold of the semantic reward out."""
 
 from __future__ import annotations
 
 import numpy as np
 
-HIGHEST_TAU = 0.95  # above this (s - tau) / (1 - tau) would mostly amplify the encoder's noise
+HIGHEST_TAU = 0.95  # above this (s - tau) / (1 - tau) would mostly amplify the metric's noise
 
 
 def calibrate_tau(similarities: np.ndarray, quantile: float) -> float:
-    """Take a quantile of the cold-start model's cosines on dev, kept within [0, 0.95].
+    """Take a quantile of the cold-start model's similarities on dev, kept within [0, 0.95].
 
     arXiv 2605.14366 sets tau to "the minimal semantic adequacy level from the cold-start phase".
 
     Args:
-      similarities: float [N], cosine of each dev completion with its anchor.
+      similarities: float [N], of each dev completion with its anchor: what
+        `Scorer.similarity_to_anchor` returns.
       quantile: in [0, 1].
 
     Raises:

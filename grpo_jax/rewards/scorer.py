@@ -1,12 +1,9 @@
 """Scores of a rollout: texts in, `Rewards` on device out.
 
-The host measures lengths, repetition and language and runs the frozen encoder (jitted, in length
-buckets); one jitted function turns all of it into terms and a total. Anchor embeddings are computed
-once a row. Every string has a defined reward: odd text is sanitised, and a completion
-without a visible character scores 0 in every term.
-
-An encoder with the policy's tokenizer reads a rollout's token ids on the device while the host
-works on the texts. Only completions that the tokenizer would spell otherwise go through text.
+The host measures lengths, repetition and language, and the similarity of each completion with its
+row's anchor comes from the frozen encoder (embedding.py) or from n-grams (lexical.py); one jitted
+function turns all of it into terms and a total. Every string has a defined reward: odd text is
+sanitised, and a completion without a visible character scores 0 in every term.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,54 +18,48 @@ import numpy as np
 
 from grpo_jax import config
 from grpo_jax.rewards import terms
+from grpo_jax.rewards.anchors import build_anchor
+from grpo_jax.rewards.embedding import EncoderSimilarity, TextEncoder, TokenEncoder, similarity
+from grpo_jax.rewards.lexical import LexicalSimilarity
 from grpo_jax.structs import Array, Rewards, Rollout, Row
 from grpo_jax.text.measures import is_empty, repeated_share, sanitise
 from grpo_jax.text.scripts import units
 
 
-class TextEncoder(Protocol):
-    """What we need of an encoder; the hub's encoders are."""
-
-    def embed(self, texts: list[str]) -> np.ndarray: ...  # float32 [N, D]
-
-
-@runtime_checkable
-class TokenEncoder(TextEncoder, Protocol):
-    """An encoder that reads token ids too: hub.SentenceEncoder, whose methods these are."""
-
-    def shares_tokenizer(self, folder: Path) -> bool: ...
-
-    def embed_ids(self, ids: Array, lengths: np.ndarray) -> Callable[[], np.ndarray]: ...
-
-    def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...
-
-
 def term_weights(cfg: config.Reward) -> dict[str, float]:
-    """The weight of each term that a configuration uses, negative for a penalty."""
-    weights = {"semantic": cfg.semantic_weight, "language": cfg.language_weight}
-    penalties = {"length": cfg.length_weight, "repetition": cfg.repetition_weight}
-    return weights | {name: -weight for name, weight in penalties.items() if weight > 0}
+    """The weight of each term, negative for a penalty.
+
+    A term of weight 0 costs nothing and is there all the same: what is not rewarded is worth
+    watching, arms that reward different things stay comparable, and a hard gate reads the language.
+    """
+    return {
+        "semantic": cfg.semantic_weight,
+        "language": cfg.language_weight,
+        "length": -cfg.length_weight,
+        "repetition": -cfg.repetition_weight,
+    }
 
 
 def build_score(cfg: config.Reward) -> Callable[..., Rewards]:
-    """Jit the device part of the reward: embeddings and measures in, `Rewards` out."""
+    """Jit the device part of the reward: similarities and measures in, `Rewards` out."""
     weights = term_weights(cfg)
 
     @jax.jit
     def score(
-        completions: Array,  # float32 [P, G, D]
-        anchors: Array,  # float32 [P, D]
+        similarity: Array,  # float32 [P, G]
         language: Array,  # bool [P, G]
         length_ratio: Array,  # float32 [P, G]
         repetition: Array,  # float32 [P, G]
         visible: Array,  # bool [P, G], False for an empty completion
         tau: Array,  # float32 []
     ) -> Rewards:
-        similarity = terms.cosine(completions, anchors) * visible
+        similarity = similarity * visible
         values = {
             "semantic": terms.semantic(similarity, tau),
             "language": language.astype(jnp.float32),
-            "length": terms.length_penalty(length_ratio, cfg.max_length_ratio),
+            "length": terms.length_penalty(
+                length_ratio, cfg.max_length_ratio, cfg.min_length_ratio
+            ),
             "repetition": terms.repetition_penalty(repetition, cfg.max_repetition),
         }
         values = {name: values[name] * visible for name in weights}
@@ -79,12 +69,18 @@ def build_score(cfg: config.Reward) -> Callable[..., Rewards]:
 
 
 class Scorer:
-    """The reward of a run: a frozen encoder, a language gate and the weights.
+    """The reward of a run: a metric, an anchor for each row, a language gate and the weights.
 
     Args:
-      encoder: `.embed(list of N texts) -> float32 [N, D]`.
+      encoder: `.embed(list of N texts) -> float32 [N, D]`. With reward.metric "chrf" or "bleu" only
+        `similarity` runs it, which is for evaluation.
       gate: `gate(list of N texts) -> bool [N]`, True for text in the wanted language.
       cfg: the config's reward section.
+      anchor_of: the text that a row's completions are compared with, from `build_anchor`; needed
+        for reward.anchor = "shuffled", which depends on all rows.
+      gather: joins float32 [P, G] of every process along P, in the order of the processes. The
+        source-anchored length term needs it for the median of the whole batch; then every process
+        must call `score` at the same time with as many rows. Left out, a process sees its own.
     """
 
     def __init__(
@@ -92,21 +88,45 @@ class Scorer:
         encoder: TextEncoder,
         gate: Callable[[list[str]], np.ndarray],
         cfg: config.Reward,
+        anchor_of: Callable[[Row], str] | None = None,
+        gather: Callable[[np.ndarray], np.ndarray] = lambda values: values,
     ) -> None:
-        if cfg.anchor not in ("target", "source"):
-            raise ValueError(f"reward.anchor: got {cfg.anchor!r}, wanted 'target' or 'source'.")
         self.encoder, self.gate, self.cfg = encoder, gate, cfg
+        self.anchor_of = anchor_of or build_anchor(cfg.anchor)
+        self.gather = gather
         self.weights = term_weights(cfg)
         self._score = build_score(cfg)
-        self._anchors: dict[str, np.ndarray] = {}
+        self._metric = (
+            EncoderSimilarity(encoder) if cfg.metric == "cosine" else LexicalSimilarity(cfg.metric)
+        )
 
     def similarity(self, texts: list[str], anchors: list[str]) -> np.ndarray:
         """Cosine of each text with its anchor under the reward's encoder: float32 [N]."""
         return similarity(self.encoder, texts, anchors)
 
+    def similarity_to_anchor(self, texts: list[str], rows: list[Row]) -> np.ndarray:
+        """What `score` calls similarity, alone, for calibrating tau: float32 [N], N = P * G.
+
+        The run's metric of each text with its row's anchor; 0 for an empty text.
+
+        Args:
+          texts, rows: as for `score`.
+
+        Raises:
+          ValueError: the counts do not fit, or a row lacks the anchor text.
+        """
+        if not texts and not rows:
+            return np.zeros(0, np.float32)
+        self._check_counts(texts, rows)
+        texts = [sanitise(text) for text in texts]
+        found = np.asarray(self._metric.start(texts, self._anchors(rows))()).reshape(-1)
+        return np.where([is_empty(text) for text in texts], np.float32(0), found)
+
     def reads_tokens(self, folder: Path) -> bool:
         """Whether `score` may be given the rollout of a policy with the tokenizer in `folder`."""
-        return isinstance(self.encoder, TokenEncoder) and self.encoder.shares_tokenizer(folder)
+        if self.cfg.metric != "cosine" or not isinstance(self.encoder, TokenEncoder):
+            return False
+        return self.encoder.shares_tokenizer(folder)
 
     def score(
         self, texts: list[str], rows: list[Row], tau: float, rollout: Rollout | None = None
@@ -115,105 +135,65 @@ class Scorer:
 
         Args:
           texts: P * G decoded completions.
-          rows: the prompts' P rows, which hold the anchors.
+          rows: the prompts' P rows, which have the anchors.
           tau: threshold of the semantic term, below 1.
           rollout: what the texts were decoded from, where `reads_tokens` allows it: the same
             rewards, sooner. Best with its arrays on the device; this process's rows only.
 
         Returns:
-          Rewards on device, float32 [P, G]; terms of weight 0 other than "semantic" and
-          "language" are left out.
+          Rewards on device, float32 [P, G]; its terms are those of `term_weights`.
 
         Raises:
           ValueError: the counts do not fit, tau >= 1, or a row lacks the anchor text.
         """
-        if len(texts) % len(rows):
-            raise ValueError(f"score: got {len(texts)} texts for {len(rows)} rows, wanted P * G.")
+        self._check_counts(texts, rows)
         if not tau < 1.0:
-            raise ValueError(f"reward.tau: got {tau}, wanted a cosine below 1.")
+            raise ValueError(f"reward.tau: got {tau}, wanted a similarity below 1.")
         shape = (len(rows), len(texts) // len(rows))
         texts = [sanitise(text) for text in texts]
-        vectors = self._start_embedding(texts, rollout)
+        anchors = self._anchors(rows)
+        similarities = self._metric.start(texts, anchors, rollout)
         pieces = [units(text) for text in texts]
         lengths = np.array([len(piece) for piece in pieces], np.float32).reshape(shape)
         on_grid = partial(np.reshape, shape=shape)
         measures = (
             on_grid(np.asarray(self.gate(texts), bool)),
-            lengths / self._expected_lengths(rows, lengths),
+            lengths / self._expected_lengths(anchors, lengths),
             on_grid(np.array([repeated_share(piece) for piece in pieces], np.float32)),
             on_grid(np.array([not is_empty(text) for text in texts])),
         )
-        anchors = self._anchor_embeddings(rows)
-        return self._score(vectors().reshape(*shape, -1), anchors, *measures, np.float32(tau))
+        return self._score(similarities(), *measures, np.float32(tau))
 
-    def _start_embedding(
-        self, texts: list[str], rollout: Rollout | None
-    ) -> Callable[[], np.ndarray]:
-        """Sets the device to work where it has the ids; the result waits for float32 [N, D]."""
-        if rollout is None:
-            return lambda: embed(self.encoder, texts)
-        assert isinstance(self.encoder, TokenEncoder)
-        encoder, T = self.encoder, rollout.ids.shape[-1]
-        lengths = np.asarray(rollout.mask).sum(-1).reshape(-1)
-        lengths = lengths - np.asarray(rollout.ended).reshape(-1)  # without the EOS
-        vectors = encoder.embed_ids(rollout.ids.reshape(-1, T), lengths)
+    def _check_counts(self, texts: list[str], rows: list[Row]) -> None:
+        if not rows or len(texts) % len(rows):
+            raise ValueError(f"score: got {len(texts)} texts for {len(rows)} rows, wanted P * G.")
 
-        def wait() -> np.ndarray:
-            same = encoder.same_tokens(texts, np.asarray(rollout.ids).reshape(-1, T), lengths)
-            out = vectors()
-            if others := np.flatnonzero(~same).tolist():
-                out[others] = embed(encoder, [texts[i] for i in others])
-            return out
-
-        return wait
-
-    def _anchor_embeddings(self, rows: list[Row]) -> np.ndarray:
-        """float32 [P, D]; encodes only what was not seen before, for every row comes each epoch."""
-        texts = [sanitise(getattr(row, self.cfg.anchor)) for row in rows]
+    def _anchors(self, rows: list[Row]) -> list[str]:
+        """The rows' anchor texts, sanitised: P."""
+        texts = [sanitise(self.anchor_of(row)) for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if is_empty(text):
+                kind = "source" if self.cfg.anchor == "source" else "target"
                 raise ValueError(
-                    f"reward.anchor = {self.cfg.anchor!r} compares completions with the row's "
-                    f"{self.cfg.anchor}, but {row} has none. Drop such rows, or set "
-                    "reward.anchor = 'source' to train without references."
+                    f"reward.anchor = {self.cfg.anchor!r} compares completions with a {kind}, but "
+                    f"{row} has none. Drop such rows, or set reward.anchor = 'source' to train "
+                    "without references."
                 )
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._anchors]
-        if fresh:
-            self._anchors.update(zip(fresh, embed(self.encoder, fresh), strict=True))
-        return np.stack([self._anchors[text] for text in texts])
+        return texts
 
-    def _expected_lengths(self, rows: list[Row], lengths: np.ndarray) -> np.ndarray:
+    def _expected_lengths(self, anchors: list[str], lengths: np.ndarray) -> np.ndarray:
         """Units a completion should have: float32 [P, 1], at least 1.
 
         Against a reference, its length; anchored on the source, the batch's median (SG-SRL), for
-        units of two languages do not compare.
+        units of two languages do not compare. Empty completions are no part of the median.
         """
-        if self.cfg.anchor == "target":
-            expected = np.array([len(units(sanitise(row.target))) for row in rows])
+        if self.cfg.anchor == "source":
+            everyone = self.gather(lengths)
+            written = everyone[everyone > 0]
+            expected = np.full(len(anchors), np.median(written) if written.size else 1.0)
         else:
-            written = lengths[lengths > 0]
-            expected = np.full(len(rows), np.median(written) if written.size else 1.0)
+            expected = np.array([len(units(anchor)) for anchor in anchors])
         return np.maximum(expected.astype(np.float32), 1.0)[:, None]
-
-
-def embed(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
-    """Embed texts, each distinct one once: float32 [N, D]. Samples of a group often coincide."""
-    places: dict[str, int] = {}
-    rows = [places.setdefault(sanitise(text), len(places)) for text in texts]
-    return np.asarray(encoder.embed(list(places)), np.float32)[rows]
-
-
-def similarity(encoder: TextEncoder, texts: list[str], anchors: list[str]) -> np.ndarray:
-    """Cosine of each text with its anchor: float32 [N], 0 where either is empty."""
-    if len(texts) != len(anchors):
-        raise ValueError(f"similarity: got {len(texts)} texts and {len(anchors)} anchors.")
-    if not texts:
-        return np.zeros(0, np.float32)
-    both = embed(encoder, [*texts, *anchors])
-    cosine = terms.cosine(both[: len(texts), None], both[len(texts) :])[:, 0]
-    pairs = zip(texts, anchors, strict=True)
-    visible = [not is_empty(text) and not is_empty(anchor) for text, anchor in pairs]
-    return np.asarray(cosine * np.array(visible), np.float32)
 
 
 def within_group_stats(rewards: Rewards) -> dict[str, float]:

@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 
 from grpo_jax import hub
+from grpo_jax.config_arms import interpolation
 from grpo_jax.evals.table import COLUMNS, cell
 from grpo_jax.hub.folder import split_hub_id
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.stages.evaluate import results
-from grpo_jax.stages.run import Run, load_adapter, load_params
+from grpo_jax.stages.run import Run
+from grpo_jax.stages.weights import load_adapter, load_params
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ _log = logging.getLogger(__name__)
 def run_export(run: Run) -> None:
     """Writes export/ARM/, and with LoRA ARM-adapter/, for `export.arms` or the last trained arm."""
     cfg = run.cfg
-    for arm in cfg.export.arms or run.arms[-1:]:
+    for arm in [name for name in cfg.export.arms or [*run.arms][-1:] if name in run.working]:
         params = jax.tree.map(mesh_lib.fetch, load_params(run, arm))
         folder = run.workdir.export / arm
         if distributed.is_main():
@@ -45,14 +47,9 @@ def model_card(run: Run, arm: str, adapter_rank: int = 0) -> str:
     Args:
       adapter_rank: of the adapter that is written alone; 0 for a whole model.
     """
-    cfg = run.cfg
-    method = {
-        "sft": "supervised fine-tuning",
-        "grpo": "GRPO",
-        "recover": "SFT",
-    }
-    chain = run.arms[1 : run.arms.index(arm) + 1]
-    steps = ", then ".join(f"{method[stage]} ({stage})" for stage in chain) or "no training"
+    cfg, own = run.cfg, run.arms[arm].cfg
+    chain = run.ancestors(arm)
+    steps = ", then ".join(_step(run, name) for name in chain)
     lora = cfg.model.lora
     weights = f"LoRA rank {lora.rank}, merged" if lora.rank else "full fine-tuning"
     if adapter_rank:
@@ -63,21 +60,23 @@ def model_card(run: Run, arm: str, adapter_rank: int = 0) -> str:
         "---",
         f"library_name: {'peft' if adapter_rank else 'transformers'}",
         *([f"base_model: {hub_id}"] if hub_id else []),
-        f"tags: [{'lora, ' if adapter_rank else ''}grpo, low-resource, {cfg.reward.language}]",
+        f"tags: [{'lora, ' if adapter_rank else ''}grpo, low-resource, {own.reward.language}]",
         "---",
         f"# {run.base.folder.name}, {arm}",
         "",
         f"- **Base model:** {cfg.model.path}",
-        f"- **Data:** {cfg.data.train}; SFT drew from {len(run.corpus.cold_start)} rows, GRPO from "
-        f"{len(run.corpus.train)}",
+        *dict.fromkeys(_data(run, name) for name in chain),
         f"- **Method:** {steps}; {weights}; seed {run.workdir.seed}",
-        f"- **Prompt:** `{json.dumps(cfg.data.prompt, ensure_ascii=False)}`"
-        + (" in the chat template" if cfg.data.chat else ""),
+        f"- **Prompt:** `{json.dumps(own.data.prompt, ensure_ascii=False)}`"
+        + (" in the chat template" if own.data.chat else ""),
     ]
-    if "grpo" in chain:
+    for rewarded in [run.arms[name] for name in chain if run.arms[name].method == "grpo"]:
+        reward = rewarded.cfg.reward
+        measure = f"cosine under {cfg.encoder.path}" if reward.metric == "cosine" else reward.metric
         lines.append(
-            f"- **Reward:** cosine under {cfg.encoder.path} and a language gate for "
-            f"{cfg.reward.language}, after arXiv 2605.14366"
+            f"- **Reward of {rewarded.name}:** {measure} with the {reward.anchor}, weight "
+            f"{reward.semantic_weight:g}, and a language gate for {reward.language}, weight "
+            f"{reward.language_weight:g}, after arXiv 2605.14366"
         )
     if unused := run.base.weights.unused:
         parts = sorted({_part(name) for name in unused})
@@ -104,6 +103,29 @@ def model_card(run: Run, arm: str, adapter_rank: int = 0) -> str:
                 shown = [f"{c.value:.{column.digits}f}" if c else "" for c in cells]
                 lines.append(f"| {column.title} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _step(run: Run, name: str) -> str:
+    """What was done in an arm, in words."""
+    arm = run.arms[name]
+    if arm.method == "interpolate":
+        toward, weight = interpolation(run.workdir.arms[name])
+        return f"{weight:g} of the way to {toward} ({name})"
+    words = {
+        "sft": "supervised fine-tuning",
+        "self_sft": "SFT on the best of its own samples",
+        "grpo": "GRPO",
+        "recover": "SFT",
+    }
+    return f"{words[arm.method]} ({name})"
+
+
+def _data(run: Run, name: str) -> str:
+    arm = run.arms[name]
+    return (
+        f"- **Data:** {arm.cfg.data.train}; SFT drew from {len(arm.corpus.cold_start)} rows, GRPO "
+        f"from {len(arm.corpus.train)}"
+    )
 
 
 def _part(name: str) -> str:

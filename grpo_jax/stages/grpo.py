@@ -23,13 +23,13 @@ from grpo_jax.infra.progress import track
 from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.objectives import build_grpo_loss
 from grpo_jax.learn.step import build_logps, build_update, policy_variables
-from grpo_jax.rewards.calibrate import calibrate_tau
 from grpo_jax.rewards.scorer import within_group_stats
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages import learner as learning
-from grpo_jax.stages.generation import generate
-from grpo_jax.stages.health import warn
-from grpo_jax.stages.run import Run, stage_key
+from grpo_jax.stages.generation import calibrated_tau, completion_ids, generate, merged
+from grpo_jax.stages.guard import Guard
+from grpo_jax.stages.run import OpenArm, Run
+from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
 
 SHOWN = ("reward", "kl", "tokens_per_second")  # metrics beside the progress bar
@@ -37,20 +37,19 @@ SHOWN = ("reward", "kl", "tokens_per_second")  # metrics beside the progress bar
 _log = logging.getLogger(__name__)
 
 
-def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
-    """Trains from the arm before `stage` by its rewards and saves the result."""
-    rows, data, lora = run.corpus.train, run.cfg.data, run.cfg.model.lora
+def run_grpo(run: Run, arm: OpenArm) -> None:
+    """Trains from the arm before by its rewards and saves the result."""
+    cfg, rows, data, lora = arm.cfg.grpo, arm.corpus.train, arm.cfg.data, run.cfg.model.lora
     P, G, T = cfg.prompts_per_step, cfg.num_generations, data.max_completion_length
     updates = cfg.num_iterations * cfg.num_minibatches  # optimizer steps a rollout
     total = learning.total_steps(len(rows), P, cfg.epochs, cfg.max_steps)
-    learner = learning.open_learner(
-        run, stage, cfg.optimizer, total * updates, reference=cfg.beta > 0
-    )
+    learner = learning.open_learner(run, arm, total * updates, reference=cfg.beta > 0)
     state, frozen = learner.state, learner.frozen
     variables = policy_variables(state.params, frozen, lora)
     tau = learner.aux.get("tau")
     if tau is None:
-        tau = _calibrate(run, variables)
+        tau = calibrated_tau(run, arm, merged(variables))
+    guard = Guard(arm.cfg.grpo, learner.aux)
     eos_ids = run.base.tokenizer.eos_ids
     gathered = mesh_lib.replicated(run.mesh)
     sample = build_sampler(run.model, cfg.sampling, T, eos_ids, gathered, cfg.lanes)
@@ -66,14 +65,14 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
         temperature=temperature,
         micro_batches=cfg.gradient_accumulation_steps,
     )
-    key = stage_key(run, stage)
-    said: set[str] = set()
-    as_tokens = run.scorer.reads_tokens(run.base.folder)
-    _log.info("the encoder reads completions as %s", "token ids" if as_tokens else "text")
+    key = method_key(run, arm.method)
+    as_tokens = arm.scorer.reads_tokens(run.base.folder)
+    _log.info("the reward reads completions as %s", "token ids" if as_tokens else "text")
     if updates == 1:
         _log.info("one update a rollout: policy_loss stays about 0, its gradient is what matters")
-    with learner.checkpoints, track(stage, learner.step, total) as bar:
-        for step in range(learner.step, total):
+    steps = range(learner.step, learner.step if guard.stopped else total)
+    with learner.checkpoints, track(arm.name, learner.step, total) as bar:
+        for step in steps:
             clock = [time.monotonic()]
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
             mine, everyone = learning.batch_indices(len(rows), P, data.seed, step)
@@ -88,10 +87,12 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
             if cfg.beta > 0:  # the device computes these while the host reads the texts
                 batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
-            texts = run.base.tokenizer.decode(_completions(local))
+            texts = run.base.tokenizer.decode(completion_ids(local))
             read = rollout if jax.process_count() == 1 else local
-            rewards = run.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
-            batch = batch._replace(advantages=_advantages(run, cfg, rewards))
+            rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
+            batch = batch._replace(
+                advantages=_advantages(run, arm, rewards), beta=guard.beta(rollout.ended.shape)
+            )
             clock.append(time.monotonic())
 
             stats = []
@@ -102,40 +103,21 @@ def run_grpo(run: Run, stage: str, cfg: GRPO) -> None:
             clock.append(time.monotonic())
 
             done = step + 1
-            learning.check_finite(stage, done, metrics, everyone.tolist())
+            learning.check_finite(arm.name, done, metrics, everyone.tolist())
             metrics |= within_group_stats(rewards) | _completion_stats(local)
             metrics |= _times(clock, metrics["num_tokens"])
             metrics |= {"tau": tau, "learning_rate": float(learner.schedule(step * updates))}
-            warn(done, metrics, said)
-            score = None
-            if learning.due(done, cfg.eval_every, total):
-                score = _dev_reward(run, policy_variables(state.params, frozen, lora), tau)
-                metrics["eval/reward"] = score
-            if learning.due(done, run.cfg.log.samples_every, total):
-                run.writer.samples(stage, done, _samples(run, prompts, texts, rewards))
-            learning.record(run, learner, stage, done, total, state, metrics, score, tau=tau)
+            guard.observe(done, metrics)
+            variables = policy_variables(state.params, frozen, lora)
+            score = _measure(run, arm, learner, guard, variables, tau, done, total, metrics)
+            if guard.stopped or learning.due(done, run.cfg.log.samples_every, total):
+                run.writer.samples(arm.name, done, _samples(run, prompts, texts, rewards))
+            aux = {"tau": tau, **guard.aux()}
+            learning.record(run, learner, arm, done, total, state, metrics, score, **aux)
             bar.update(**{name: metrics[name] for name in SHOWN if name in metrics})
-
-
-def _calibrate(run: Run, variables: dict) -> float:
-    """tau as configured, or from the cold-start model's greedy completions of the dev rows."""
-    cfg = run.cfg.reward
-    if cfg.tau is not None:
-        return cfg.tau
-    examples = run.corpus.dev[: run.cfg.evaluation.max_rows]
-    texts = generate(run, variables, examples).texts
-    anchors = [getattr(example.row, cfg.anchor) for example in examples]
-    similarity = run.scorer.similarity(texts, anchors)
-    tau = calibrate_tau(similarity, cfg.tau_quantile)
-    _log.info("tau = %.4f, quantile %g of %d dev cosines", tau, cfg.tau_quantile, len(texts))
-    return tau
-
-
-def _completions(local: Rollout) -> list[list[int]]:
-    """Token ids of each completion of this process, P * G lists."""
-    T = local.ids.shape[-1]
-    pairs = zip(local.ids.reshape(-1, T), local.mask.reshape(-1, T), strict=True)
-    return [ids[mask].tolist() for ids, mask in pairs]
+            if guard.stopped:
+                break
+    run.workdir.note_arm(arm.name, learner.cost.spent(), done=True)
 
 
 def _train_batch(
@@ -155,9 +137,10 @@ def _train_batch(
     )
 
 
-def _advantages(run: Run, cfg: GRPO, rewards: Rewards) -> Array:
+def _advantages(run: Run, arm: OpenArm, rewards: Rewards) -> Array:
+    cfg = arm.cfg.grpo
     total, terms = mesh_lib.put_batch(run.mesh, (rewards.total, rewards.terms))
-    return advantages(total, terms, cfg.advantage, cfg.scale_rewards, run.scorer.weights)
+    return advantages(total, terms, cfg.advantage, cfg.scale_rewards, arm.scorer.weights)
 
 
 def _minibatches(cfg: GRPO, batch: TrainBatch) -> Iterator[TrainBatch]:
@@ -207,12 +190,40 @@ def _times(clock: list[float], tokens: float) -> dict[str, float]:
     return out | {"step_time": seconds, "tokens_per_second": tokens / seconds}
 
 
-def _dev_reward(run: Run, variables: dict, tau: float) -> float:
-    """Mean reward of greedy completions of the dev rows."""
-    examples = run.corpus.dev[: run.cfg.evaluation.max_rows]
-    texts = generate(run, variables, examples).texts
+def _measure(
+    run: Run,
+    arm: OpenArm,
+    learner: learning.Learner,
+    guard: Guard,
+    variables: dict,
+    tau: float,
+    done: int,
+    total: int,
+    metrics: dict[str, float],
+) -> float | None:
+    """Forgetting and the dev reward after a step, where they are due, into `metrics`.
+
+    Returns:
+      The score of the step's checkpoint, or None where dev was not looked at.
+    """
+    last = done == total or bool(guard.stopped)
+    judged = last or learning.due(done, arm.cfg.grpo.eval_every, total)
+    gauged = learning.gauge_due(run, done, total) or (last and bool(run.retention.live))
+    if guard.budget:  # it needs both
+        judged = gauged = judged or gauged
+    if not (judged or gauged):
+        return None
+    policy = merged(variables)
+    if gauged:
+        assert learner.base is not None
+        metrics |= run.retention.gauge(learner.base, policy)
+    if not judged:
+        return None
+    examples = arm.corpus.dev[: run.cfg.evaluation.max_rows]
+    texts = generate(run, arm.cfg, policy, examples).texts
     rows = [example.row for example in examples]
-    return float(np.mean(run.scorer.score(texts, rows, tau).total))
+    metrics["eval/reward"] = float(np.mean(arm.scorer.score(texts, rows, tau).total))
+    return guard.score(done, metrics)
 
 
 def _samples(

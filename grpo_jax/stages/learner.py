@@ -7,73 +7,96 @@ numbers, and a resumed stage computes exactly what the unbroken one would have.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from grpo_jax.config import Optimizer
+from grpo_jax.config_arms import BASE
 from grpo_jax.data.batches import take
 from grpo_jax.infra.checkpoint import Checkpoints
+from grpo_jax.infra.memory import peak_bytes
 from grpo_jax.learn.optimizer import build_optimizer, build_schedule
 from grpo_jax.learn.step import init_state
-from grpo_jax.stages import run as run_lib
-from grpo_jax.stages.run import Run
+from grpo_jax.stages import weights
+from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.structs import TrainState
 
 
+class Cost:
+    """What an arm's training has taken, with all that was lost to interruptions."""
+
+    def __init__(self, earlier: dict[str, Any]):
+        self.tokens: float = earlier.get("tokens", 0)
+        self._seconds = earlier.get("seconds", 0.0) - time.monotonic()
+        self._peak = earlier.get("peak_bytes", 0)
+
+    def spent(self) -> dict[str, Any]:
+        """tokens of completions trained on or sampled; seconds; bytes at the highest moment."""
+        peak = max(self._peak, peak_bytes())
+        seconds = self._seconds + time.monotonic()
+        return {"tokens": int(self.tokens), "seconds": seconds, "peak_bytes": peak}
+
+
 class Learner(NamedTuple):
-    """A stage's training state and what it is saved with."""
+    """An arm's training state and what it is saved with."""
 
     state: TrainState
     frozen: dict | None
-    step: int  # steps of the stage's loop that are done
+    base: dict | None  # the base's weights, where the live gauge needs them
+    step: int  # steps of the arm's loop that are done
     aux: dict[str, Any]  # the few numbers that go with the state
+    cost: Cost
     checkpoints: Checkpoints
     optimizer: Any
     schedule: Any  # optimizer step -> learning rate
 
 
-def open_learner(
-    run: Run, stage: str, cfg: Optimizer, optimizer_steps: int, reference: bool
-) -> Learner:
-    """The stage's first state, or the one it was interrupted at.
+def open_learner(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) -> Learner:
+    """The arm's first state, or the one it was interrupted at.
 
     Args:
       reference: whether full fine-tuning needs a frozen copy of the weights it starts from.
     """
-    checkpoints = Checkpoints(run.workdir.checkpoints / stage, run.cfg.checkpoint.keep)
-    optimizer = build_optimizer(cfg, optimizer_steps)
+    checkpoints = Checkpoints(run.workdir.checkpoints / arm.name, run.cfg.checkpoint.keep)
+    optimizer = build_optimizer(arm.optimizer, optimizer_steps)
     fresh = checkpoints.latest() is None
     keeps = reference or run.cfg.model.lora.rank > 0
-    start = run_lib.load_params(run, run.before(stage)) if fresh or keeps else None
-    frozen = run_lib.frozen_copy(run, start) if keeps and start is not None else None
+    start = weights.load_params(run, arm.start) if fresh or keeps else None
+    frozen = weights.frozen_copy(run, start) if keeps and start is not None else None
     step = 0
     aux: dict[str, Any] = {}
-    abstract = run_lib.abstract_state(run, stage)
+    abstract = weights.abstract_state(run, arm)
     if fresh:
-        key = jax.random.fold_in(run_lib.stage_key(run, stage), 2**31 - 1)
+        key = jax.random.fold_in(weights.method_key(run, arm.method), 2**31 - 1)
 
         def init(params: dict, given: dict | None) -> TrainState:
-            trained = given or run_lib.fresh_trained(run, key, params)
+            trained = given or weights.fresh_trained(run, key, params)
             return init_state(trained, optimizer)
 
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        given = run_lib.start_adapter(run, stage)
+        given = weights.start_adapter(run, arm)
         state = jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(start, given)
     else:
         del start
         state, aux = checkpoints.restore(abstract)
         step = int(aux["loop_step"])
-    run.workdir.rewind(stage, step + 1)
-    schedule = build_schedule(cfg, optimizer_steps)
-    return Learner(state, frozen, step, aux, checkpoints, optimizer, schedule)
+    base = None
+    if run.retention.live:
+        same = arm.start == BASE and frozen is not None
+        base = frozen if same else weights.frozen_copy(run, weights.load_params(run, BASE))
+    cost = Cost(run.workdir.arm_cost(arm.name))
+    run.workdir.rewind(arm.name, step + 1)
+    run.workdir.note_arm(arm.name, cost.spent())
+    schedule = build_schedule(arm.optimizer, optimizer_steps)
+    return Learner(state, frozen, base, step, aux, cost, checkpoints, optimizer, schedule)
 
 
 def record(
     run: Run,
     learner: Learner,
-    stage: str,
+    arm: OpenArm,
     step: int,
     total: int,
     state: TrainState,
@@ -87,10 +110,17 @@ def record(
       score: on dev, higher is better; a step that has one is always written.
       aux: numbers that a resumed loop needs beside the state.
     """
+    learner.cost.tokens += metrics["num_tokens"]
     if score is not None or due(step, run.cfg.log.every, total):
-        run.writer.write(stage, step, metrics)
+        run.writer.write(arm.name, step, metrics)
     if score is not None or due(step, run.cfg.checkpoint.every, total):
         learner.checkpoints.save(step, state, {"loop_step": step, **aux}, score)
+        run.workdir.note_arm(arm.name, learner.cost.spent())
+
+
+def gauge_due(run: Run, step: int, total: int) -> bool:
+    """Whether forgetting is to be measured after `step` steps."""
+    return bool(run.retention.live) and due(step, run.cfg.forgetting.every, total)
 
 
 def due(step: int, every: int, total: int) -> bool:

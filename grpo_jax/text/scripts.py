@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 COMMON = "Common"  # digits, punctuation, symbols, spaces: no script of their own
@@ -86,3 +87,9 @@ def script_shares(text: str) -> dict[str, float]:
     counts.pop(COMMON, None)
     total = sum(counts.values())
     return {script: count / total for script, count in counts.most_common()}
+
+
+def written_without_spaces(texts: Sequence[str]) -> bool:
+    """True when `units` finds over twice as many pieces as there are stretches between spaces."""
+    words = sum(len(text.split()) for text in texts)
+    return sum(len(units(text)) for text in texts) > 2 * words

@@ -1,0 +1,124 @@
+"""Cosines under the frozen sentence encoder: texts or token ids in, similarities out.
+
+An encoder with the policy's tokenizer reads a rollout's token ids on the device while the host
+works on the texts. Only completions that the tokenizer would spell otherwise go through text.
+Anchor embeddings are computed once a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from grpo_jax.rewards import terms
+from grpo_jax.structs import Array, Rollout
+from grpo_jax.text.measures import is_empty, sanitise
+
+
+class TextEncoder(Protocol):
+    """What we need of an encoder; the hub's encoders are."""
+
+    def embed(self, texts: list[str]) -> np.ndarray: ...  # float32 [N, D]
+
+
+@runtime_checkable
+class TokenEncoder(TextEncoder, Protocol):
+    """An encoder that reads token ids too: hub.SentenceEncoder, whose methods these are."""
+
+    def shares_tokenizer(self, folder: Path) -> bool: ...
+
+    def embed_ids(self, ids: Array, lengths: np.ndarray) -> Callable[[], np.ndarray]: ...
+
+    def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...
+
+
+def build_cosine() -> Callable[[Array, Array], jax.Array]:
+    """Jit `terms.cosine`: float32 [P, G, D] and [P, D] in, [P, G] out."""
+    return jax.jit(terms.cosine)
+
+
+class EncoderSimilarity:
+    """Cosine of completions and their prompt's anchor.
+
+    Args:
+      encoder: `.embed(list of N texts) -> float32 [N, D]`.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        self._cosine = build_cosine()
+        self._anchors: dict[str, np.ndarray] = {}
+
+    def start(
+        self, texts: list[str], anchors: list[str], rollout: Rollout | None = None
+    ) -> Callable[[], Array]:
+        """Sets the device to work on P * G texts, the G of an anchor next to each other.
+
+        Args:
+          texts, anchors: P * G and P sanitised texts.
+          rollout: what the texts were decoded from, if the encoder is a `TokenEncoder` that
+            shares the policy's tokenizer.
+
+        Returns:
+          A function that waits for float32 [P, G] in [-1, 1].
+        """
+        vectors = self._start_embedding(texts, rollout)
+
+        def wait() -> Array:
+            known = self._embed_anchors(anchors)
+            P, D = known.shape
+            return self._cosine(vectors().reshape(P, -1, D), known)
+
+        return wait
+
+    def _start_embedding(
+        self, texts: list[str], rollout: Rollout | None
+    ) -> Callable[[], np.ndarray]:
+        """Sets the device to work where it has the ids; the result waits for float32 [N, D]."""
+        if rollout is None:
+            return lambda: embed(self.encoder, texts)
+        assert isinstance(self.encoder, TokenEncoder)
+        encoder, T = self.encoder, rollout.ids.shape[-1]
+        lengths = np.asarray(rollout.mask).sum(-1).reshape(-1)
+        lengths = lengths - np.asarray(rollout.ended).reshape(-1)  # without the EOS
+        vectors = encoder.embed_ids(rollout.ids.reshape(-1, T), lengths)
+
+        def wait() -> np.ndarray:
+            same = encoder.same_tokens(texts, np.asarray(rollout.ids).reshape(-1, T), lengths)
+            out = vectors()
+            if others := np.flatnonzero(~same).tolist():
+                out[others] = embed(encoder, [texts[i] for i in others])
+            return out
+
+        return wait
+
+    def _embed_anchors(self, texts: list[str]) -> np.ndarray:
+        """float32 [P, D]; encodes only what was not seen before, for every row comes each epoch."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._anchors]
+        if fresh:
+            self._anchors.update(zip(fresh, embed(self.encoder, fresh), strict=True))
+        return np.stack([self._anchors[text] for text in texts])
+
+
+def embed(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
+    """Embed texts, each distinct one once: float32 [N, D]. Samples of a group often coincide."""
+    places: dict[str, int] = {}
+    rows = [places.setdefault(sanitise(text), len(places)) for text in texts]
+    return np.asarray(encoder.embed(list(places)), np.float32)[rows]
+
+
+def similarity(encoder: TextEncoder, texts: list[str], anchors: list[str]) -> np.ndarray:
+    """Cosine of each text with its anchor: float32 [N], 0 where either is empty."""
+    if len(texts) != len(anchors):
+        raise ValueError(f"similarity: got {len(texts)} texts and {len(anchors)} anchors.")
+    if not texts:
+        return np.zeros(0, np.float32)
+    both = embed(encoder, [*texts, *anchors])
+    cosine = terms.cosine(both[: len(texts), None], both[len(texts) :])[:, 0]
+    pairs = zip(texts, anchors, strict=True)
+    visible = [not is_empty(text) and not is_empty(anchor) for text, anchor in pairs]
+    return np.asarray(cosine * np.array(visible), np.float32)
