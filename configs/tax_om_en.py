@@ -20,6 +20,7 @@ def get_config() -> Config:
     cfg = om_en.get_config()
     cfg.seed = 0
     cfg.stages = ("evaluate",)
+    cfg.encoder.judge = ("asset:use-multilingual-judge", "asset:multilingual-e5-small-judge")
     cfg.sft.epochs = 3
     cfg.grpo.eval_every = 100
     cfg.forgetting.every = 25

@@ -1,4 +1,4 @@
-"""What the assets hold: paired pages, passages, the synthetic language, tiny models, the judge."""
+"""What the assets hold: passages, the synthetic language, tiny models, the judges."""
 
 from __future__ import annotations
 
@@ -10,63 +10,10 @@ import numpy as np
 import pytest
 
 from grpo_jax import assets
-from grpo_jax.assets import oromo, synthetic, tiny, wordnet
+from grpo_jax.assets import synthetic, tiny, wordnet
 from grpo_jax.hub.use import UniversalSentenceEncoder
 
 # Text
-
-
-PAGE = """<html><body><p id="menu" class="related">Fayyadami</p>
-<h1 id="hd_1" dir="auto"><a name="x"></a>Gabatee <span class="emph">Saagi</span></h1>
-<p id="par_1" class="paragraph">Tuqi&nbsp;<span class="switchinline">
-<span class="MAC">Command</span> <span hidden="true">Ctrl</span></span>+C<br>cuqaasi &amp;
-hojjedhu.</p>
-<p id="par_2" class="code">Dim x As Integer</p><p class="paragraph">no id</p>
-<p id="par_1" class="paragraph">a second block of that id</p>
-</body></html>"""
-
-
-def test_page_blocks():
-    assert oromo.page_blocks(PAGE) == {
-        "menu": "Fayyadami",
-        "hd_1": "Gabatee Saagi",
-        "par_1": "Tuqi Ctrl+C cuqaasi & hojjedhu.",
-    }
-
-
-def test_page_cut_short_keeps_its_blocks():
-    assert oromo.page_blocks('<p id="a">one<p id="b">two <b>three') == {
-        "a": "one",
-        "b": "two three",
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "english"),
-    [
-        ("Click the button to open a menu.", True),
-        ("Gabatee haaraa galmee keessatti saagi.", False),
-        ("Filannoo Tools - Options - LibreOffice", False),
-        ("", False),
-    ],
-)
-def test_mostly_english(text, english):
-    assert oromo.mostly_english(text) == english
-
-
-def test_pair_pages(tmp_path):
-    def write(language: str, page: str, **blocks: str) -> None:
-        file = tmp_path / language / page
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f'<p id="{k}">{v}</p>' for k, v in blocks.items()))
-
-    write("om", "b/two.html", x="Galmee banaa", y="Save the file on the disk now", z="=A1+B2*3")
-    write("en", "b/two.html", x="Open document", y="Save the file to the disk now", z="=A1+B2*4")
-    write("om", "a.html", x="Galmee banaa", y="LibreOffice Writer", q="Hin jiru")
-    write("en", "a.html", x="Open document", y="LibreOffice  writer")
-    write("om", "only_oromo.html", x="Asii gadi")
-    rows = oromo.pair_pages(tmp_path / "om", tmp_path / "en")
-    assert rows == [{"source": "Galmee banaa", "target": "Open document", "group": "a.html"}]
 
 
 WORDNET_LINE = (
@@ -174,20 +121,6 @@ def test_tiny_encoder_cosine_counts_shared_words(tiny_folders):
 
 
 # The real packages
-
-
-@pytest.mark.assets
-def test_oromo_english():
-    file = Path(assets.resolve("asset:oromo-english"))
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert 16_000 < len(rows) < 20_000
-    assert len({(row["source"], row["target"]) for row in rows}) == len(rows)
-    assert len({row["group"] for row in rows}) > 1_500
-    assert all(row["source"].strip() and row["target"].strip() for row in rows)
-    assert sum(oromo.mostly_english(row["target"]) for row in rows) > 5_000
-    assert {"source": "Wanta Qubachiisaa", "target": "Positioning Objects"}.items() <= next(
-        row for row in rows if row["group"] == "swriter/guide/anchor_object.html"
-    ).items()
 
 
 @pytest.mark.assets

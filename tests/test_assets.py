@@ -194,6 +194,13 @@ def test_wheel_is_fetched_with_this_python_and_kept(tmp_path, monkeypatch):
     assert "--no-deps" in calls[0] and calls[0][-1] == "thing==1.0"
 
 
+def test_wheel_of_another_platform_is_asked_for(tmp_path, monkeypatch):
+    wheel = make_wheel(tmp_path / "index")
+    calls = fake_pip(monkeypatch, brings=(tmp_path / "index" / wheel.file).read_bytes())
+    fetch.fetch_wheel(wheel._replace(platform="manylinux2014_x86_64"), tmp_path / "downloads")
+    assert calls[0][calls[0].index("--platform") + 1] == "manylinux2014_x86_64"
+
+
 def test_truncated_download_is_fetched_again(tmp_path, monkeypatch):
     wheel = make_wheel(tmp_path / "index")
     whole = (tmp_path / "index" / wheel.file).read_bytes()

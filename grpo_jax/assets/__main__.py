@@ -19,7 +19,7 @@ def main(names: list[str]) -> int:
     if not names:
         print(f"cache: {cache_folder()}")
         for name, asset in ASSETS.items():
-            print(f"{name:24}{asset.disk:5} MB  {asset.licence:12}{asset.about} ({asset.origin})")
+            print(f"{name:28}{asset.disk:5} MB  {asset.licence:12}{asset.about} ({asset.origin})")
         return 0
     for name in names:
         try:

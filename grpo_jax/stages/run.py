@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -179,12 +180,14 @@ class _Opener:
 
     def parts(self, cfg: Config) -> tuple[Config, Corpus, Scorer]:
         """The fields of a Setting."""
-        corpus = self._once((cfg.data,), lambda: self._corpus(cfg))
-        scorer = self._once((cfg.data, cfg.reward), lambda: self._scorer(cfg, corpus))
+        data, reward = to_dict(cfg.data), to_dict(cfg.reward)
+        corpus = self._once([data], lambda: self._corpus(cfg))
+        gate = self._once([data, cfg.reward.language], lambda: self._gate(cfg, corpus))
+        scorer = self._once([data, reward], lambda: self._scorer(cfg, corpus, gate))
         return cfg, corpus, scorer
 
-    def _once(self, sections: tuple[Any, ...], make: Any) -> Any:
-        key = json.dumps([to_dict(section) for section in sections])
+    def _once(self, what: list[Any], make: Callable[[], Any]) -> Any:
+        key = json.dumps(what)
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -195,7 +198,7 @@ class _Opener:
         _log.info("data: %s", ", ".join(counts))
         return corpus
 
-    def _scorer(self, cfg: Config, corpus: Corpus) -> Scorer:
+    def _gate(self, cfg: Config, corpus: Corpus) -> LanguageGate:
         seen = corpus.cold_start + corpus.train
         gate = LanguageGate.fit(
             cfg.reward.language,
@@ -203,6 +206,9 @@ class _Opener:
             [example.row.source for example in seen],
         )
         _log.info("language gate: %s", gate.describe())
+        return gate
+
+    def _scorer(self, cfg: Config, corpus: Corpus, gate: LanguageGate) -> Scorer:
         rows = [[example.row for example in part] for part in (corpus.train, corpus.dev)]
         anchor = build_anchor(cfg.reward.anchor, rows, cfg.data.seed)
         return Scorer(self.encoder, gate, cfg.reward, anchor, distributed.gather)
