@@ -20,7 +20,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax import config
-from grpo_jax.infra import distributed, workdir
+from grpo_jax.infra import distributed, files
 from grpo_jax.infra.checkpoint import Checkpoints, sum_bits
 from grpo_jax.infra.mesh import make_mesh, param_shardings
 from grpo_jax.structs import TrainState
@@ -154,7 +154,7 @@ def test_full_disk_is_explained_and_earlier_checkpoints_stay(tmp_path, monkeypat
         assert "whole checkpoints: 1." in str(error.value)
         assert "Traceback" not in caplog.text
         usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(OSError, match="checkpoint 3: needs"):
             checkpoints.save(3, tiny_state(3), {})
         monkeypatch.undo()

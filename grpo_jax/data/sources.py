@@ -7,19 +7,21 @@ of every row that was skipped. Text files may be gigabytes; they are read a line
 from __future__ import annotations
 
 import csv
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax import config
 from grpo_jax.structs import Row
+from grpo_jax.text.strict import MAX_LINE, parse_json, plain, shown
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".csv")
-_MAX_FIELD = 2**31 - 1  # characters of one csv field; the csv module stops at 131072 otherwise
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+_TOO_LONG = f"a line of more than {MAX_LINE} characters"
 
 
 class _Record(NamedTuple):
@@ -81,16 +83,16 @@ def _text(
     if number and isinstance(value, int):
         value = str(value)
     if value is None and not optional:
-        known = ", ".join(map(repr, fields)) or "none"
+        known = _names(map(shown, fields)) or "none"
         reason = "is null" if name in fields else f"is missing; the row has {known}"
         return _Fault(f"field {name!r} {reason}")
     if value is not None and not isinstance(value, str):
-        return _Fault(f"field {name!r} is {type(value).__name__} {value!r:.40}, wanted text")
+        return _Fault(f"field {name!r} is {type(value).__name__} {shown(value, 40)}, wanted text")
     text = (value or "").strip()
     if not text and not optional:
         return _Fault(f"field {name!r} is empty")
     if _SURROGATE.search(text):
-        return _Fault(f"field {name!r} is not valid UTF-8: {text!r:.40}")
+        return _Fault(f"field {name!r} is not valid UTF-8: {shown(text, 40)}")
     return text
 
 
@@ -124,23 +126,35 @@ def _records(path: str, cfg: config.Data) -> Iterator[_Record]:
     return _hugging_face(path, cfg)
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(place, line without its end) for each line that is not blank.
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """("FILE:LINE", line without its end) for each line of a text file that is not blank.
 
-    Bytes that are not UTF-8 become lone surrogates, which `_text` reports with their field.
+    Bytes that are not UTF-8 become lone surrogates, which `_text` reports with their field. Of a
+    line of more than MAX_LINE characters the rest is dropped, and what is left is MAX_LINE + 1.
+
+    Raises:
+      FileNotFoundError, OSError: no such file, or it cannot be read.
     """
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
-        for number, line in enumerate(stream, 1):
+        number = 0
+        while line := stream.readline(MAX_LINE + 1):
+            number += 1
+            rest = line
+            while len(rest) > MAX_LINE and not rest.endswith("\n"):
+                rest = stream.readline(MAX_LINE + 1)
             if line.strip():
                 yield f"{file}:{number}", line.rstrip("\r\n")
 
 
 def _jsonl(file: Path) -> Iterator[_Record]:
-    for place, line in _lines(file):
+    for place, line in read_lines(file):
+        if len(line) > MAX_LINE:
+            yield _Record(place, {}, _TOO_LONG)
+            continue
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield _Record(place, {}, f"not JSON: {error.msg} at column {error.colno}")
+            fields = parse_json(line, lenient=True)
+        except ValueError as error:
+            yield _Record(place, {}, f"not JSON: {error}")
             continue
         if isinstance(fields, dict):
             yield _Record(place, fields)
@@ -151,9 +165,11 @@ def _jsonl(file: Path) -> Iterator[_Record]:
 def _tsv(file: Path, cfg: config.Data) -> Iterator[_Record]:
     """Tabs separate, lines end, and a quotation mark is a character like any other."""
     header: list[str] = []
-    for place, line in _lines(file):
-        cells = line.split("\t")
-        if header:
+    for place, line in read_lines(file):
+        cells = line.split("\t") if len(line) <= MAX_LINE else []
+        if not cells:
+            yield _Record(place, {}, _TOO_LONG)
+        elif header:
             yield _cells(place, header, cells)
         else:
             header = cells
@@ -162,7 +178,7 @@ def _tsv(file: Path, cfg: config.Data) -> Iterator[_Record]:
 
 def _csv(file: Path, cfg: config.Data) -> Iterator[_Record]:
     """RFC 4180: quoted fields may hold commas, doubled quotes and line ends."""
-    csv.field_size_limit(_MAX_FIELD)
+    csv.field_size_limit(MAX_LINE)  # else 131072 characters
     header: list[str] = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
@@ -187,7 +203,7 @@ def _cells(place: str, header: list[str], cells: list[str]) -> _Record:
         return _Record(place, dict(zip(header, cells, strict=True)))
     last = header[min(len(cells), len(header)) - 1]
     return _Record(
-        place, {}, f"{len(cells)} fields, the header has {len(header)}; look at field {last!r}"
+        place, {}, f"{len(cells)} fields, the header has {len(header)}; look at field {shown(last)}"
     )
 
 
@@ -204,7 +220,7 @@ def _parquet(file: Path, cfg: config.Data) -> Iterator[_Record]:
             yield _Record(f"{file}:{number}", fields)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{file}: not a readable parquet file ({error}); fetch it again"
+            f"{file}: not a readable parquet file ({shown(str(error))}); fetch it again"
         ) from error
 
 
@@ -234,7 +250,7 @@ def _hugging_face(path: str, cfg: config.Data) -> Iterator[_Record]:
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(
-                f"data set {name!r} has no split {split!r}; it has {', '.join(loaded)}. Name one "
+                f"data set {name!r} has no split {split!r}; it has {_names(loaded)}. Name one "
                 f"behind a colon: {name}:{next(iter(loaded))}"
             )
         loaded = loaded[split]
@@ -252,7 +268,13 @@ def _columns(place: str, names: list[str], cfg: config.Data) -> list[str]:
             columns[column] = None
         elif field and not (field == cfg.target_field and cfg.target_optional):
             raise ValueError(
-                f"{place}: no field {field!r}; it has {', '.join(names)}. Set data.source_field, "
+                f"{place}: no field {field!r}; it has {_names(names)}. Set data.source_field, "
                 "data.target_field and data.group_field to what the data calls them."
             )
     return list(columns)
+
+
+def _names(names: Iterable[str]) -> str:
+    """The first of the names, for a message."""
+    listed = [plain(name) for name in names]
+    return ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")

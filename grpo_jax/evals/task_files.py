@@ -5,10 +5,12 @@ In: a path. Out: rows; the first malformed one is an error with its place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from grpo_jax.data.sources import read_lines
+from grpo_jax.text.strict import parse_json, shown
 
 
 class Choice(NamedTuple):
@@ -43,12 +45,12 @@ def read_choices(path: str | Path) -> list[Choice]:
         texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
         if not (isinstance(question, str) and question and texts and isinstance(choices, list)):
             raise ValueError(
-                f"{place}: wanted a question and a list of choices, got {fields!r:.80}"
+                f"{place}: wanted a question and a list of choices, got {shown(fields, 80)}"
             )
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise ValueError(
-                f"{place}: answer is {fields.get('answer')!r}, wanted the index or the letter of "
-                f"one of the {len(choices)} choices"
+                f"{place}: answer is {shown(fields.get('answer'))}, wanted the index or the letter "
+                f"of one of the {len(choices)} choices"
             )
         rows.append(Choice(question, tuple(choices), answer))
     return rows
@@ -70,23 +72,32 @@ def read_questions(path: str | Path) -> list[Question]:
     if path.suffix in (".jsonl", ".ndjson"):
         return [_question(*row) for row in _json_lines(path)]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     if isinstance(content, dict):
-        articles = content.get("data")
-        paragraphs = [p for a in articles or () for p in a.get("paragraphs", ())]
+        articles = _objects(path, "data", content.get("data"))
+        paragraphs = [
+            p for a in articles for p in _objects(path, "paragraphs", a.get("paragraphs", []))
+        ]
     else:
-        paragraphs = content
+        paragraphs = _objects(path, "the file", content)
     rows = []
     for number, paragraph in enumerate(paragraphs):
         context = paragraph.get("context", paragraph.get("context_text"))
-        for qa in paragraph.get("qas", ()):
+        for qa in _objects(path, f"qas of paragraph {number}", paragraph.get("qas", [])):
             question = qa.get("question", qa.get("query_text"))
             found = [] if qa.get("is_impossible") else qa.get("answers")
             fields = {"context": context, "question": question, "answers": found}
             rows.append(_question(f"{path}: paragraph {number}", fields))
     return rows
+
+
+def _objects(path: Path, name: str, value: Any) -> list[dict[str, Any]]:
+    """`value`, which must be a list of objects."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return value
+    raise ValueError(f"{path}: {name} is {shown(value, 80)}, wanted a list of objects")
 
 
 def _question(place: str, fields: Mapping[str, Any]) -> Question:
@@ -99,7 +110,7 @@ def _question(place: str, fields: Mapping[str, Any]) -> Question:
     if not (isinstance(context, str) and isinstance(question, str) and question and right):
         raise ValueError(
             f"{place}: wanted the texts context and question and a list of answers, got "
-            f"{dict(fields)!r:.120}"
+            f"{shown(dict(fields), 120)}"
         )
     return Question(context, question, tuple(found or ()))
 
@@ -110,15 +121,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
       FileNotFoundError, ValueError: no such file, or a line that is no JSON object.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place}: not JSON ({error})") from error
-            if not isinstance(fields, dict):
-                raise ValueError(f"{place}: a JSON {type(fields).__name__}, wanted an object")
-            yield place, fields
+    for place, line in read_lines(path):
+        try:
+            fields = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: not JSON ({error})") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{place}: a JSON {type(fields).__name__}, wanted an object")
+        yield place, fields

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 
 from grpo_jax.hub.decoder import Policy, save_companions
-from grpo_jax.hub.folder import atomic_folder, find_folder, read_json, split_hub_id
+from grpo_jax.hub.folder import atomic_folder, find_folder, read_object, split_hub_id
 from grpo_jax.hub.names import decoder_table
 from grpo_jax.hub.tensors import Slot
 from grpo_jax.hub.weights import open_weights
 from grpo_jax.hub.writing import unstack, write_safetensors
+from grpo_jax.text.strict import listed, plain, shown
 
 _CONFIG = "adapter_config.json"
 _FILE = "adapter_model.safetensors"
@@ -119,10 +120,10 @@ def load_adapter(policy: Policy, path: str | os.PathLike, param_dtype: str = "fl
     """
     folder = find_folder(path)
     file = folder / _CONFIG
-    config = read_json(file)
+    config = read_object(file)
     problems = _problems(config)
     if problems:
-        raise ValueError(f"{file}: cannot be loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{file}: cannot be loaded:\n  " + listed(problems))
     rank, alpha = config["r"], float(config.get("lora_alpha", 8))
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)
@@ -136,10 +137,8 @@ def load_adapter(policy: Policy, path: str | os.PathLike, param_dtype: str = "fl
     return Adapter(params, rank, alpha, float(config.get("lora_dropout") or 0.0))
 
 
-def _problems(config: Any) -> list[str]:
+def _problems(config: dict[str, Any]) -> list[str]:
     """Whatever in an adapter_config.json would be computed differently."""
-    if not isinstance(config, dict):
-        return ["not a JSON object"]
     problems = []
     for name, wanted in (
         ("peft_type", ("LORA",)),
@@ -148,21 +147,21 @@ def _problems(config: Any) -> list[str]:
         ("init_lora_weights", _PLAIN_STARTS),
     ):
         if (got := config.get(name)) not in wanted:
-            problems.append(f"{name}: got {got!r}, wanted {' or '.join(map(repr, wanted))}")
+            problems.append(f"{name}: got {shown(got)}, wanted {' or '.join(map(repr, wanted))}")
     rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r: got {rank!r}, wanted a positive integer")
-    for name in ("lora_alpha", "lora_dropout"):
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+        problems.append(f"r: got {shown(rank)}, wanted a positive integer")
+    for name, most in (("lora_alpha", 1e9), ("lora_dropout", 1.0)):
         got = config.get(name, 0)
-        if not isinstance(got, (int, float)) or isinstance(got, bool) or got < 0:
-            problems.append(f"{name}: got {got!r}, wanted a number, not negative")
+        if not isinstance(got, (int, float)) or isinstance(got, bool) or not 0 <= got < most:
+            problems.append(f"{name}: got {shown(got)}, wanted a number from 0 to {most:g}")
     read = _NEUTRAL | {
         "peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "lora_dropout",
         "use_rslora", "target_modules",
     }  # fmt: skip
     return problems + [
-        f"{name}: {value!r} is not implemented; merge the adapter with peft and load the merged "
-        "model instead"
+        f"{plain(name)}: {shown(value)} is not implemented; merge the adapter with peft and load "
+        "the merged model instead"
         for name, value in config.items()
         if name not in read and value
     ]
@@ -182,28 +181,43 @@ def _chosen(file: Path, targets: Any, linears: dict) -> set[tuple[str, ...]]:
     if targets == "all-linear":
         return set(linears)
     chosen: set[tuple[str, ...]] = set()
+    named = targets if isinstance(targets, list) else []
+    ends = tuple(end for end in named if isinstance(end, str))
+    expression = _expression(file, targets) if isinstance(targets, str) else None
     for path, modules in linears.items():
-        if isinstance(targets, str):
-            matches = [bool(re.fullmatch(targets, name)) for name in modules]
+        if expression:
+            matches = [bool(expression.fullmatch(name)) for name in modules]
         else:
-            ends = tuple(targets or ())
             matches = [any(f".{name}".endswith(f".{end}") for end in ends) for name in modules]
         if any(matches) and not all(matches):
             raise ValueError(f"{file}: target_modules chooses {path[-1]} in some layers only")
         if any(matches):
             chosen.add(path)
     known = {part for path in linears for part in path}
-    strange = (
-        []
-        if isinstance(targets, str)
-        else [t for t in targets or () if t.split(".")[-1] not in known]
-    )
+    strange = len(ends) < len(named) or any(end.split(".")[-1] not in known for end in ends)
     if strange or not chosen:
         raise ValueError(
-            f"{file}: target_modules {targets!r}; wanted linear layers of this model: "
+            f"{file}: target_modules {shown(targets)}; wanted linear layers of this model: "
             f"{', '.join(sorted({path[-1] for path in linears}))}"
         )
     return chosen
+
+
+def _expression(file: Path, text: str) -> re.Pattern[str]:
+    """A regular expression out of a file, if it cannot take for ever on a name.
+
+    Matching takes time exponential in the name where what is repeated is itself repeated, and a
+    high power of its length where many parts are.
+    """
+    repeats = len(re.findall(r"[*+{]", text))
+    try:
+        if len(text) > 2000 or repeats > 8 or re.search(r"\)[*+{]", text):
+            raise ValueError("repeats too much; wanted at most 8 repetitions, and none of a group")
+        return re.compile(text)
+    except (ValueError, re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: target_modules {shown(text)} is not an expression we match ({error})"
+        ) from None
 
 
 def _table(policy: Policy, chosen: set[tuple[str, ...]], rank: int) -> dict[str, Slot]:

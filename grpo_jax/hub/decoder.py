@@ -23,7 +23,7 @@ import numpy as np
 
 from grpo_jax.config import Sampling
 from grpo_jax.hub.decoder_config import decoder_config, export_json
-from grpo_jax.hub.folder import atomic_folder, find_folder, read_json
+from grpo_jax.hub.folder import atomic_folder, find_folder, read_object
 from grpo_jax.hub.names import decoder_ignored, decoder_table
 from grpo_jax.hub.tensors import numpy_dtype
 from grpo_jax.hub.weights import Placement, Weights, open_weights, weight_files
@@ -180,7 +180,7 @@ def open_decoder(
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(folder, tokenizer.vocab_size, config.vocab_size)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    composite = "text_config" in read_json(folder / "config.json")
+    composite = "text_config" in read_object(folder / "config.json")
     weights = open_weights(
         files,
         decoder_table(config),
@@ -200,7 +200,7 @@ def open_decoder(
         source=os.fspath(path),
         weights=weights,
         config_json=export_json(folder),
-        generation_json=read_json(folder / "generation_config.json", {}),
+        generation_json=read_object(folder / "generation_config.json", {}),
     )
 
 

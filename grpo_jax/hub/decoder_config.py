@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax.hub.fields import Fields
-from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.folder import read_object
 from grpo_jax.hub.rope_config import (
     RopeSpec,
     both_forms,
@@ -19,11 +19,14 @@ from grpo_jax.hub.rope_config import (
     read_rope,
 )
 from grpo_jax.models.decoder import DecoderConfig
+from grpo_jax.text.strict import shown
 
 DECODER_TYPES = (
     "llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi3",
 )  # fmt: skip
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+# Far beyond any model; what is larger is a mistake or an attempt to fill the memory.
+MAX_LAYERS, MAX_HEAD_DIM = 4096, 1 << 16
 
 
 class _Family(NamedTuple):
@@ -90,9 +93,10 @@ def decoder_config(folder: Path) -> DecoderConfig:
         return f.integer(name, sizes.get(name))
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    num_layers = size("num_hidden_layers")
+    num_layers = f.integer("num_hidden_layers", sizes.get("num_hidden_layers"), MAX_LAYERS)
     kv_heads = _kv_heads(f, family, heads)
-    head_dim = f.integer("head_dim", family.head_dim or max(1, hidden // heads))
+    default_dim = min(family.head_dim or max(1, hidden // heads), MAX_HEAD_DIM)
+    head_dim = f.integer("head_dim", default_dim, MAX_HEAD_DIM)
     if head_dim % 2:
         f.problems.append(f"head_dim: got {head_dim}, rotary embeddings want an even number")
     context = f.integer("max_position_embeddings", family.context)
@@ -172,7 +176,7 @@ def _biases(f: Fields, kind: str, family: _Family) -> dict[str, bool]:
 def _activation(f: Fields) -> dict[str, str]:
     act = f.get("hidden_act", "silu")
     if act not in ("silu", "gelu_pytorch_tanh"):
-        f.problems.append(f"hidden_act: got {act!r}; wanted silu or gelu_pytorch_tanh")
+        f.problems.append(f"hidden_act: got {shown(act)}; wanted silu or gelu_pytorch_tanh")
     return {"hidden_act": act}
 
 
@@ -205,8 +209,9 @@ def _rope_layers(f: Fields, layers: int) -> tuple[bool, ...]:
     given = f.get("no_rope_layers")
     if given is None:
         return tuple((i + 1) % interval != 0 for i in range(layers))
-    if not isinstance(given, list) or len(given) < layers or set(given) - {0, 1}:
-        f.problems.append(f"no_rope_layers: got {given!r}, wanted {layers} times 1 (rotates) or 0")
+    if not isinstance(given, list) or len(given) < layers or any(x not in (0, 1) for x in given):
+        got = shown(given)
+        f.problems.append(f"no_rope_layers: got {got}, wanted {layers} times 1 (rotates) or 0")
         return ()
     return tuple(bool(rotates) for rotates in given[:layers])
 
@@ -236,7 +241,7 @@ def _windows(
         else:
             first = f.get("max_window_layers", 28)
             if not isinstance(first, int):
-                f.problems.append(f"max_window_layers: got {first!r}, wanted an integer")
+                f.problems.append(f"max_window_layers: got {shown(first)}, wanted an integer")
                 first = layers
             default = [window is not None and i >= first for i in range(layers)]
     sliding = _layer_types(f, layers, default)
@@ -245,8 +250,8 @@ def _windows(
                           "mistral and phi3 share")  # fmt: skip
     if not any(sliding):
         return {}
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        f.problems.append(f"sliding_window: got {window!r}, wanted a positive integer")
+    if not isinstance(window, int) or isinstance(window, bool) or not 1 <= window < 2**31:
+        f.problems.append(f"sliding_window: got {shown(window)}, wanted a positive integer")
         return {}
     return {"sliding_window": window, "sliding_layers": () if all(sliding) else tuple(sliding)}
 
@@ -264,8 +269,13 @@ def _layer_types(f: Fields, layers: int, default: list[bool]) -> list[bool]:
     types = f.get("layer_types")
     if types is None:
         return default
-    if not isinstance(types, list) or len(types) != layers or set(types) - {_SLIDING, _FULL}:
-        f.problems.append(f"layer_types: got {types!r}, wanted {layers} of {_FULL} and {_SLIDING}")
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(t not in (_SLIDING, _FULL) for t in types)
+    ):
+        got = shown(types)
+        f.problems.append(f"layer_types: got {got}, wanted {layers} of {_FULL} and {_SLIDING}")
         return default
     return [name == _SLIDING for name in types]
 
@@ -280,7 +290,7 @@ def export_json(folder: Path) -> dict[str, Any]:
       FileNotFoundError, ValueError: as decoder_config.
     """
     config = decoder_config(folder)
-    values = read_json(folder / "config.json")
+    values = read_object(folder / "config.json")
     if values["model_type"] == "gemma3":
         kept = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
         outer = {name: values[name] for name in kept if name in values}

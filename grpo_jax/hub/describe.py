@@ -21,7 +21,7 @@ import numpy as np
 
 from grpo_jax.hub.decoder_config import decoder_config
 from grpo_jax.hub.encoder import load_encoder
-from grpo_jax.hub.folder import find_folder, read_json
+from grpo_jax.hub.folder import find_folder, read_json, read_object
 from grpo_jax.hub.separation import Separation, lines, separation, thin, unit
 from grpo_jax.hub.weights import weight_files
 from grpo_jax.text.scripts import units
@@ -123,8 +123,9 @@ def describe(path: str | os.PathLike, samples: Sequence[str | tuple[str, str]] =
     """
     sides = _sides(samples)
     root = find_folder(path)
-    config = read_json(root / "config.json", {})
-    causal = any("CausalLM" in name for name in config.get("architectures") or ())
+    architectures = read_object(root / "config.json", {}).get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    causal = any("CausalLM" in str(name) for name in listed)
     if causal and not (root / "modules.json").is_file():
         return _decoder(root, sides)
     return _encoder(root, sides)
@@ -153,7 +154,7 @@ def _decoder(root: Path, sides: dict[str, list[str]]) -> Description:
     tokenizer = Tokenizer.load(root)
     tokens = {side: _tokens(tokenizer.pretrained, texts) for side, texts in sides.items() if texts}
     summary = (
-        f"{read_json(root / 'config.json')['model_type']}, {config.num_layers} layers x "
+        f"{read_object(root / 'config.json')['model_type']}, {config.num_layers} layers x "
         f"{config.hidden_size}, {_parameters(root)}, vocabulary {config.vocab_size}, context "
         f"{config.max_position_embeddings}, chat template: "
         f"{'yes' if tokenizer.has_chat_template else 'no'}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from grpo_jax.hub.decoder import check_vocabulary
 from grpo_jax.hub.encoder_config import ENCODER_TYPES, family_config
-from grpo_jax.hub.folder import find_folder, read_json
+from grpo_jax.hub.folder import find_folder, read_object
 from grpo_jax.hub.modules import (
     ACTIVATIONS,
     Head,
@@ -37,6 +37,7 @@ from grpo_jax.hub.weights import numpy_dtype, read_params, weight_files
 from grpo_jax.models.decoder import Decoder, DecoderConfig
 from grpo_jax.models.encoder import Encoder, EncoderConfig
 from grpo_jax.structs import Array
+from grpo_jax.text.measures import MAX_CHARS, sanitise
 from grpo_jax.text.tokenizer import load_pretrained
 
 # Few lengths, so few compilations; the steps are fine where most sentences are.
@@ -159,7 +160,8 @@ class SentenceEncoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        texts = [self.prompt + text for text in texts]
+        most = max(MAX_CHARS, 32 * self.max_length)  # what is behind would be cut anyway
+        texts = [self.prompt + sanitise(text, most) for text in texts]
         return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -261,7 +263,7 @@ def load_encoder(
       ValueError: anything in it that would not compute as its authors meant.
     """
     root = find_folder(path)
-    if read_json(root / "config.json", {}).get("model_type") == MODEL_TYPE:
+    if read_object(root / "config.json", {}).get("model_type") == MODEL_TYPE:
         if any(value is not None for value in (pooling, normalize, prompt_name, prompt)):
             raise ValueError(f"{root}: {MODEL_TYPE} takes no pooling, normalize or prompt")
         return UniversalSentenceEncoder(root)

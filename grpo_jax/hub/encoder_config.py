@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from grpo_jax.hub.decoder_config import DECODER_TYPES, decoder_config
+from grpo_jax.hub.decoder_config import DECODER_TYPES, MAX_LAYERS, decoder_config
 from grpo_jax.hub.fields import Fields
-from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.folder import read_object
 from grpo_jax.models.decoder import DecoderConfig
 from grpo_jax.models.encoder import EncoderConfig
+from grpo_jax.text.strict import shown
 
 # model_type -> the name in logs. Decoder types are embedders that attend causally, such as
 # Qwen3-Embedding.
@@ -29,7 +30,7 @@ def family_config(folder: Path) -> tuple[str, EncoderConfig | DecoderConfig]:
       ValueError: an unsupported family, or fields that we would compute differently, all listed.
     """
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_object(file)
     kind = config.get("model_type")
     if kind not in DECODER_TYPES:
         return str(kind), encoder_config(folder)
@@ -68,7 +69,7 @@ def encoder_config(folder: Path) -> EncoderConfig:
         vocab_size=f.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=f.integer("intermediate_size"),
-        num_layers=f.integer("num_hidden_layers"),
+        num_layers=f.integer("num_hidden_layers", most=MAX_LAYERS),
         num_heads=heads,
         max_position_embeddings=f.integer("max_position_embeddings", 512),
         type_vocab_size=0 if kind == "mpnet" else f.integer("type_vocab_size", 2),
@@ -89,7 +90,7 @@ def _padding_idx(f: Fields, kind: str) -> int | None:
     if kind == "mpnet":
         return 1
     value = f.get("pad_token_id", 1)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        f.problems.append(f"pad_token_id: got {value!r}, wanted a token id")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        f.problems.append(f"pad_token_id: got {shown(value)}, wanted a token id")
         return 1
     return value

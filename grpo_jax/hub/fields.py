@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.folder import read_object
+from grpo_jax.text.strict import listed, plain, shown
 
 # Bookkeeping, training-only settings and token ids: nothing that a forward pass depends on, in any
 # family. What is neutral in one family only is passed to `neutral` by its reader.
@@ -36,7 +37,7 @@ class Fields:
 
     def __init__(self, file: Path, values: Any = None) -> None:
         self.file = file
-        self.values: dict[str, Any] = read_json(file) if values is None else values
+        self.values: dict[str, Any] = read_object(file) if values is None else values
         if not isinstance(self.values, dict):
             raise ValueError(f"{file}: not a JSON object")
         self.read = set(_NEUTRAL)
@@ -52,11 +53,12 @@ class Fields:
         self.read.add(name)
         return self.values.get(name, default)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive integer; absent or null without a default is a problem."""
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """A positive integer up to `most`; absent or null without a default is a problem."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.problems.append(f"{name}: got {value!r}, wanted a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            limit = f" up to {most}" if isinstance(value, int) and value > most else ""
+            self.problems.append(f"{name}: got {shown(value)}, wanted a positive integer{limit}")
             return 1
         return value
 
@@ -64,7 +66,7 @@ class Fields:
         """A positive number."""
         value = self.get(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            self.problems.append(f"{name}: got {value!r}, wanted a positive number")
+            self.problems.append(f"{name}: got {shown(value)}, wanted a positive number")
             return 1.0
         return float(value)
 
@@ -72,14 +74,14 @@ class Fields:
         """True or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            self.problems.append(f"{name}: got {value!r}, wanted true or false")
+            self.problems.append(f"{name}: got {shown(value)}, wanted true or false")
             return default
         return value
 
     def require(self, name: str, wanted: Any) -> None:
         """The field, where present, must have the one value that we implement."""
         if (value := self.get(name, wanted)) != wanted:
-            self.problems.append(f"{name}: got {value!r}, only {wanted!r} is implemented")
+            self.problems.append(f"{name}: got {shown(value)}, only {wanted!r} is implemented")
 
     def neutral(self, names: Iterable[str]) -> None:
         """Fields that change nothing in this family."""
@@ -96,18 +98,19 @@ class Fields:
         unread = {k: v for k, v in self.values.items() if k not in self.read and v}
         unread = {k: v for k, v in unread.items() if not k.startswith("pooler_")}
         self.problems += [
-            f"{k}: {v!r} is not a field we know; remove it if it changes nothing in the computation"
+            f"{plain(k)}: {shown(v)} is not a field we know; remove it if it changes nothing in "
+            "the computation"
             for k, v in unread.items()
         ]
         if self.problems:
-            raise ValueError(f"{self.file}: cannot be loaded:\n  " + "\n  ".join(self.problems))
+            raise ValueError(f"{self.file}: cannot be loaded:\n  " + listed(self.problems))
 
     def kind(self, known: tuple[str, ...]) -> str:
         """The model_type, if it is one of `known`; otherwise ValueError at once."""
         kind = self.get("model_type")
         if kind not in known:
             raise ValueError(
-                f"{self.file}: model_type {kind!r} is not supported here; wanted one of "
+                f"{self.file}: model_type {shown(kind)} is not supported here; wanted one of "
                 f"{', '.join(known)}"
             )
         return kind

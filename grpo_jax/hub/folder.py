@@ -6,13 +6,15 @@ Nothing is written outside the folder that is asked for, and a written folder ap
 from __future__ import annotations
 
 import contextlib
-import json
+import fnmatch
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from grpo_jax.text import strict
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?")
 # What a model may consist of; pickles and remote code are never fetched.
@@ -28,11 +30,13 @@ def find_folder(path: str | os.PathLike) -> Path:
 
     Raises:
       FileNotFoundError: neither a folder nor something that can be fetched.
+      ValueError: a file of the model is a link out of the folder.
     """
     from grpo_jax.assets import resolve
 
     folder = Path(resolve(os.fspath(path))).expanduser()
     if folder.is_dir():
+        _check_links(folder)
         return folder
     if folder.suffix == ".gguf" and folder.is_file():
         from grpo_jax.hub.gguf import cached_gguf
@@ -69,15 +73,44 @@ def split_hub_id(path: str) -> tuple[str, str | None]:
 
 
 def read_json(path: Path, default: dict | None = None) -> Any:
-    """The content of a JSON file; `default` where there is none, an error if that is None."""
+    """The content of a JSON file, see text.strict; `default` where there is none.
+
+    Raises:
+      FileNotFoundError: no file and no default.
+      ValueError: not JSON as `strict.parse_json` takes it.
+    """
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict.read_json(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: missing; is this a Hugging Face model folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+
+
+def read_object(path: Path, default: dict | None = None) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object; ValueError if it holds something else."""
+    value = read_json(path, default)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _check_links(folder: Path) -> None:
+    """Raises ValueError where a file or part of a model is a link to somewhere else.
+
+    A folder from a stranger could make its tokenizer out of any file of this machine, which the
+    export would copy. Links into the blobs of a Hugging Face cache are how that cache works.
+    """
+    entries = [Path(entry) for entry in os.scandir(folder)]
+    parts = [path for path in entries if path.is_dir() and not path.is_symlink()]
+    entries += [Path(entry) for part in parts for entry in os.scandir(part)]
+    for path in entries:
+        of_model = any(fnmatch.fnmatch(path.name, pattern) for pattern in _PATTERNS)
+        if path.is_symlink() and (of_model or path.is_dir()) and strict.leaves(path, folder):
+            raise ValueError(
+                f"{path}: a link out of the model folder, to {os.readlink(path)}; copy what it "
+                "stands for into the folder"
+            )
 
 
 @contextlib.contextmanager

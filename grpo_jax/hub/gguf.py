@@ -20,9 +20,11 @@ import ml_dtypes
 import numpy as np
 
 from grpo_jax.hub.folder import atomic_folder
+from grpo_jax.hub.gguf_header import check_fields, check_header, check_shapes
 from grpo_jax.hub.gguf_tokenizer import end_ids, tokenizer_files
 from grpo_jax.hub.tensors import INDEX, SINGLE
 from grpo_jax.hub.writing import write_safetensors
+from grpo_jax.text.strict import shown
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +76,18 @@ def convert_gguf(file: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> No
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such GGUF file")
     try:
+        check_header(file)
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{file}: not a complete GGUF file ({error}); delete it and fetch it again"
+            f"{file}: not a complete GGUF file ({shown(str(error))}); delete it and fetch it again"
         ) from error
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(file, fields, stored)
     tokenizer = tokenizer_files(file, fields, config["max_position_embeddings"])
     names = _names(file, stored, config["num_hidden_layers"])
+    check_shapes(file, stored, config)
     config["tie_word_embeddings"] = "output.weight" not in names
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: config[name] for name in special if config[name] is not None}
@@ -132,10 +136,13 @@ def _config(file: Path, fields: dict[str, Any], stored: dict[str, Any]) -> dict[
     """config.json from the metadata; metadata that would change the computation is refused."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{file}: architecture {architecture!r}; only 'llama' can be converted")
+        raise ValueError(
+            f"{file}: architecture {shown(architecture)}; only 'llama' can be converted"
+        )
+    check_fields(file, fields)
     given = {k.removeprefix("llama."): v for k, v in fields.items() if k.startswith("llama.")}
     if odd := {k: v for k, v in given.items() if k not in _READ and v}:
-        raise ValueError(f"{file}: metadata that cannot be converted: {odd}")
+        raise ValueError(f"{file}: metadata that cannot be converted: {shown(odd)}")
     tokens = len(fields["tokenizer.ggml.tokens"])
     heads = given["attention.head_count"]
     head_dim = given.get("attention.key_length", given["embedding_length"] // heads)
@@ -196,8 +203,8 @@ def _rope_scaling(file: Path, given: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kind not in ("linear", "yarn") or factor <= 0:
         raise ValueError(
-            f"{file}: rotary scaling {kind!r} with factor {factor}; only 'linear' and 'yarn' with "
-            "a factor can be converted"
+            f"{file}: rotary scaling {shown(kind)} with factor {factor}; only 'linear' and 'yarn' "
+            "with a factor can be converted"
         )
     scaling = {"rope_type": kind, "factor": _short(factor)}
     if original := given.get("rope.scaling.original_context_length"):
@@ -252,7 +259,9 @@ def _names(file: Path, stored: dict[str, Any], layers: int) -> dict[str, str]:
     names = set(stored) - {"rope_freqs.weight"}
     unknown, missing = sorted(names - set(wanted)), sorted(set(wanted) - names)
     if unknown or missing:
-        raise ValueError(f"{file}: unknown tensors {unknown}, missing tensors {missing}")
+        raise ValueError(
+            f"{file}: unknown tensors {shown(unknown)}, missing tensors {shown(missing)}"
+        )
     odd = {stored[name].tensor_type.name for name in wanted} - set(QUANTISATIONS)
     if odd:
         raise ValueError(

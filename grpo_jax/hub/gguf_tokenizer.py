@@ -21,6 +21,7 @@ from grpo_jax.text.pieces import (
     as_control,
     build_bpe,
 )
+from grpo_jax.text.strict import library_errors, shown
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -65,9 +66,9 @@ def tokenizer_files(file: Path, fields: dict[str, Any], max_length: int) -> dict
     else:
         wanted = ", ".join(map(repr, ("smollm", *_SPLITS)))
         raise ValueError(
-            f"{file}: tokenizer {kind!r} with pre-tokenizer {pre!r}; only 'llama', and 'gpt2' with "
-            f"one of {wanted}, can be converted: take the model's original safetensors folder "
-            "instead"
+            f"{file}: tokenizer {shown(kind)} with pre-tokenizer {shown(pre)}; only 'llama', and "
+            f"'gpt2' with one of {wanted}, can be converted: take the model's original safetensors "
+            "folder instead"
         )
     named = {
         name: tokens[index]
@@ -82,9 +83,7 @@ def tokenizer_files(file: Path, fields: dict[str, Any], max_length: int) -> dict
         if wanted_there and key not in named:
             raise ValueError(f"{file}: adds a {key} to each text but does not name one")
     add_ends(
-        tokenizer,
-        named["bos_token"] if begins else None,
-        named["eos_token"] if ends else None,
+        tokenizer, named["bos_token"] if begins else None, named["eos_token"] if ends else None
     )
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -110,10 +109,13 @@ def _byte_level(
 
     if odd := sorted(set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}):
         raise ValueError(f"{file}: token types {odd} cannot be converted")
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges", [])]
+    if odd_merges := [merge for merge in merges if len(merge) != 2]:
+        raise ValueError(f"{file}: merges of other than two tokens: {shown(odd_merges)}")
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
-    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    with library_errors(f"{file}: the tokenizer cannot be built"):
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
     tokenizer = Tokenizer(model)
     if pre == "smollm":
         tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
@@ -138,7 +140,7 @@ def _sentencepiece(file: Path, fields: dict[str, Any], tokens: list[str], types:
         raise ValueError(f"{file}: a 'llama' tokenizer with a character map cannot be converted")
     pieces = Pieces(
         tokens,
-        fields["tokenizer.ggml.scores"],
+        fields.get("tokenizer.ggml.scores", [0.0] * len(tokens)),
         types,
         fields.get("tokenizer.ggml.add_space_prefix", True),
         fields.get("tokenizer.ggml.remove_extra_whitespaces", False),

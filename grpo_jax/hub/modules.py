@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.folder import read_json, read_object
 from grpo_jax.hub.pooling import POOLING
 from grpo_jax.hub.weights import Slot, read_params, weight_files
+from grpo_jax.text.strict import inside, listed, plain, shown
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ def read_head(root: Path, width: int, pooling: str | None, normalize: bool | Non
     chain = _chain(root)
     if len(chain) == 1:
         if pooling is None:
-            architectures = read_json(root / "config.json").get("architectures") or [""]
-            pooling = "lasttoken" if architectures[0].endswith("ForCausalLM") else "mean"
+            architectures = read_object(root / "config.json").get("architectures")
+            first = architectures[0] if isinstance(architectures, list) and architectures else ""
+            pooling = "lasttoken" if str(first).endswith("ForCausalLM") else "mean"
             log.info(
                 "%s: no modules.json; %s pooling, as sentence-transformers does. Set pooling "
                 "(config: encoder.pooling) if the model was trained with another one",
@@ -103,7 +105,7 @@ def read_head(root: Path, width: int, pooling: str | None, normalize: bool | Non
             activation, params[str(len(steps))], dim = _dense(root / name, dim)
             steps.append(activation)
         else:
-            _check_places(root / name / "config.json", read_json(root / name / "config.json", {}))
+            _check_places(root / name / "config.json", read_object(root / name / "config.json", {}))
             steps.append("normalize")
     if normalize is not None and normalize != ("normalize" in steps):
         raise ValueError(
@@ -123,18 +125,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     file = next((folder / name for name in _SETTINGS if (folder / name).is_file()), None)
     if file is None:
         return {}
-    settings = read_json(file)
+    settings = read_object(file)
     wanted = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
     # Other inputs than text, and lengths of tasks that nobody names here.
     neutral = {"modality_config", "unpad_inputs", "query_length", "document_length"}
     problems = [
-        f"{name}: {value!r} is not supported"
+        f"{plain(name)}: {shown(value)} is not supported"
         for name, value in settings.items()
         if name not in {"max_seq_length", "do_lower_case"} | neutral
         and value not in (None, False, {}, wanted.get(name))
     ]
+    limit = settings.get("max_seq_length")
+    if limit is not None and (type(limit) is not int or not 0 < limit < 2**31):
+        problems.append(f"max_seq_length: got {shown(limit)}, wanted a positive integer")
     if problems:
-        raise ValueError(f"{file}: cannot be loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{file}: cannot be loaded:\n  " + listed(problems))
     return settings
 
 
@@ -157,71 +162,95 @@ def read_prompt(root: Path, prompt_name: str | None, prompt: str | None) -> str:
                 f"prompt and prompt_name: got {prompt!r} and {prompt_name!r}, wanted one of them"
             )
         return prompt
-    settings = read_json(file, {})
+    settings = read_object(file, {})
     prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        text is None or isinstance(text, str) for text in prompts.values()
+    ):
+        raise ValueError(f"{file}: prompts: got {shown(prompts)}, wanted names and texts")
     field = "default_prompt_name" if prompt_name is None else "prompt_name"
     name = settings.get(field) if prompt_name is None else prompt_name
-    if name is not None and name not in prompts:
+    if name is not None and name not in list(prompts):
         raise ValueError(
-            f"{file}: {field} {name!r} is not among the prompts {list(prompts)}; the text itself "
-            "can be given as prompt"
+            f"{file}: {field} {shown(name)} is not among the prompts {shown(list(prompts))}; the "
+            "text itself can be given as prompt"
         )
     return "" if name is None else prompts[name] or ""
 
 
 def _chain(root: Path) -> list[tuple[str, str]]:
     """(kind, subfolder) of each module of modules.json, checked for an order we implement."""
-    listed = read_json(root / "modules.json", {})
-    if not listed:
+    file = root / "modules.json"
+    modules = read_json(file, {})
+    if not modules:
         return [("Transformer", "")]
-    ordered = sorted(listed, key=lambda module: module["idx"])
+    if not isinstance(modules, list) or not all(_is_module(module) for module in modules):
+        raise ValueError(
+            f"{file}: got {shown(modules)}, wanted a list of modules with idx, type and path"
+        )
+    for module in modules:
+        inside(root, module["path"], file)
+    ordered = sorted(modules, key=lambda module: module["idx"])
     chain = [(module["type"].rpartition(".")[2], module["path"]) for module in ordered]
     kinds = [kind for kind, _ in chain]
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Dense", "Normalize"}:
         raise ValueError(
-            f"{root / 'modules.json'}: {kinds} is not supported; wanted Transformer, Pooling, then "
+            f"{file}: {shown(kinds)} is not supported; wanted Transformer, Pooling, then "
             "Dense and Normalize in any order"
         )
     return chain
 
 
+def _is_module(module: Any) -> bool:
+    kinds = {"idx": int, "type": str, "path": str}
+    return isinstance(module, dict) and all(type(module.get(k)) is v for k, v in kinds.items())
+
+
 def _pooling(folder: Path, width: int) -> tuple[tuple[str, ...], bool]:
     """Modes and include_prompt of a Pooling module, in the old form (flags) or the new (names)."""
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_object(file)
     got = config.get("word_embedding_dimension", config.get("embedding_dimension", width))
     if got != width:
-        raise ValueError(f"{file}: pools vectors of width {got}, the transformer's are {width}")
+        raise ValueError(
+            f"{file}: pools vectors of width {shown(got)}, the transformer's are {width}"
+        )
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        modes = (mode,) if isinstance(mode, str) else tuple(mode)
+        modes = tuple(mode) if isinstance(mode, list) else (mode,)
     else:
         modes = tuple(mode for flag, mode in _FLAGS.items() if config.get(flag)) or ("mean",)
-    if not modes or set(modes) - set(POOLING):
+    if not modes or any(mode not in POOLING for mode in modes):
         raise ValueError(
-            f"{file}: pooling {list(modes)} is not supported; wanted some of {', '.join(POOLING)}"
+            f"{file}: pooling {shown(list(modes))} is not supported; wanted some of "
+            f"{', '.join(POOLING)}"
         )
     names = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
     if unknown := [name for name, on in config.items() if name not in names | set(_FLAGS) and on]:
-        raise ValueError(f"{file}: {unknown} are not fields we know")
+        raise ValueError(f"{file}: {shown(unknown)} are not fields we know")
     return modes, bool(config.get("include_prompt", True))
 
 
 def _dense(folder: Path, width: int) -> tuple[str, dict, int]:
     """Activation, parameters and output width of a Dense module fed with `width` numbers."""
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_object(file)
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{file}: activation {activation!r}; wanted one of {list(ACTIVATIONS)}")
+    if activation not in list(ACTIVATIONS):
+        raise ValueError(
+            f"{file}: activation {shown(activation)}; wanted one of {', '.join(ACTIVATIONS)}"
+        )
     if config.get("in_features") != width:
         raise ValueError(
-            f"{file}: in_features {config.get('in_features')}, but the module before gives {width}"
+            f"{file}: in_features {shown(config.get('in_features'))}, but the module before gives "
+            f"{width}"
         )
     if config.get("use_residual"):
         raise ValueError(f"{file}: residual Dense modules are not supported")
     _check_places(file, config)
-    out = config["out_features"]
+    out = config.get("out_features")
+    if type(out) is not int or not 0 < out < 2**31:
+        raise ValueError(f"{file}: out_features: got {shown(out)}, wanted a positive integer")
     table = {"linear.weight": Slot(("kernel",), None, True, (out, width))}
     if config.get("bias", True):
         table["linear.bias"] = Slot(("bias",), None, False, (out,))
@@ -230,6 +259,6 @@ def _dense(folder: Path, width: int) -> tuple[str, dict, int]:
 
 def _check_places(file: Path, config: dict) -> None:
     """Raises ValueError where a module works on anything but the vector of the text."""
-    places = {config.get("module_input_name"), config.get("module_output_name")}
-    if places - {None, "sentence_embedding"}:
-        raise ValueError(f"{file}: modules on {sorted(map(str, places))} are not supported")
+    places = [config.get("module_input_name"), config.get("module_output_name")]
+    if any(place not in (None, "sentence_embedding") for place in places):
+        raise ValueError(f"{file}: modules on {shown(places)} are not supported")

@@ -7,6 +7,8 @@ Shapes come from the model itself (eval_shape, which costs no memory).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -86,8 +88,9 @@ def _mpnet(name: str) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=4)
 def _shapes(model: Decoder | Encoder) -> dict:
-    """The parameter tree of a model, as shapes."""
+    """The parameter tree of a model, as shapes, which nobody changes."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

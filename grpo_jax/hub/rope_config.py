@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.hub.fields import Fields
 from grpo_jax.models.rope import Rope
+from grpo_jax.text.strict import plain, shown
 
 _ORIGINAL = "original_max_position_embeddings"
 # What each kind reads, besides rope_type (or type), rope_theta and partial_rotary_factor.
@@ -65,7 +66,7 @@ def read_layer_ropes(
     if nested:
         if not isinstance(nested, dict) or set(nested) - {"full_attention", "sliding_attention"}:
             f.problems.append(
-                f"rope_parameters: got {nested!r}, wanted an object with full_attention and "
+                f"rope_parameters: got {shown(nested)}, wanted an object with full_attention and "
                 "sliding_attention"
             )
             nested = {}
@@ -93,14 +94,14 @@ class _Reader:
         problems = self.f.problems
         self.f.get(_ORIGINAL)  # means nothing to the kinds that do not read it
         if not isinstance(given, dict):
-            problems.append(f"{name}: got {given!r}, wanted an object")
+            problems.append(f"{name}: got {shown(given)}, wanted an object")
             given = {}
         given = {key: value for key, value in given.items() if value is not None}
         theta = self._single("rope_theta", [self.f.get(theta_field), given.pop("rope_theta", None)])
         partial = self._partial(given)
         kind = self._kind(name, given)
         if unknown := sorted(set(given) - set(_KEYS[kind])):
-            problems.append(f"{name}: {unknown} mean nothing known to rope type {kind}")
+            problems.append(f"{name}: {shown(unknown)} mean nothing known to rope type {kind}")
         values: dict[str, Any] = {"theta": theta or self.spec.theta, "kind": kind}
         values["partial"] = partial
         if kind in ("linear", "dynamic", "llama3", "yarn"):
@@ -124,7 +125,7 @@ class _Reader:
         """The one positive number among values of which some may be None."""
         stated = [value for value in found if value is not None]
         if any(not _is_number(value) or value <= 0 for value in stated):
-            self.f.problems.append(f"{name}: got {stated}, wanted a positive number")
+            self.f.problems.append(f"{name}: got {shown(stated)}, wanted a positive number")
             return None
         numbers = sorted({float(value) for value in stated})
         if len(numbers) > 1:
@@ -148,13 +149,13 @@ class _Reader:
         return partial
 
     def _kind(self, name: str, given: dict) -> str:
-        kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
-        kinds = {"longrope" if kind == "su" else kind for kind in map(str, kinds)} or {"default"}
+        named = [str(given.pop(key)) for key in ("rope_type", "type") if key in given]
+        kinds = {"longrope" if kind == "su" else kind for kind in named} or {"default"}
         kind = min(kinds)
         if len(kinds) > 1 or kind not in self.spec.kinds:
             self.f.problems.append(
-                f"{name}: rope type {' and '.join(sorted(kinds))} is not implemented for this "
-                f"family; wanted one of {', '.join(self.spec.kinds)}"
+                f"{name}: rope type {' and '.join(sorted(map(plain, kinds)))} is not implemented "
+                f"for this family; wanted one of {', '.join(self.spec.kinds)}"
             )
             given.clear()
             return "default"
@@ -163,7 +164,7 @@ class _Reader:
     def _number(self, name: str, given: dict, key: str, default: float | None) -> float:
         value: Any = given.get(key, default)
         if not _is_number(value) or value <= 0:
-            self.f.problems.append(f"{name}: {key} is {value!r}, wanted a positive number")
+            self.f.problems.append(f"{name}: {key} is {shown(value)}, wanted a positive number")
             return 1.0
         return float(value)
 
@@ -181,7 +182,7 @@ class _Reader:
             above = mscale(self._number(name, given, "mscale", None))
             attention = above / mscale(self._number(name, given, "mscale_all_dim", None))
         if not isinstance(truncate := given.get("truncate", True), bool):
-            self.f.problems.append(f"{name}: truncate is {truncate!r}, wanted true or false")
+            self.f.problems.append(f"{name}: truncate is {shown(truncate)}, wanted true or false")
         return {
             "attention_factor": self._number(name, given, "attention_factor", attention),
             "beta_fast": self._number(name, given, "beta_fast", 32.0),

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from grpo_jax.hub.folder import read_object
+from grpo_jax.text.measures import sanitise
+from grpo_jax.text.strict import shown
+
 MODEL_TYPE = "use-multilingual"  # in config.json
 
 _ORDERS = ((2, 0), (3, 1), (5, 2))  # tokens under a convolution, and how many of them lie before
@@ -60,13 +64,16 @@ class UniversalSentenceEncoder:
                     f"judge {folder}: {name} is missing; `asset:use-multilingual-judge` makes a "
                     "complete folder"
                 )
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(self.folder / "config.json")
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(
-                f"judge {folder}: model_type is {config.get('model_type')!r}, wanted "
+                f"judge {folder}: model_type is {shown(config.get('model_type'))}, wanted "
                 f"{MODEL_TYPE!r}; other encoders load with hub.load_encoder"
             )
-        self.dim = int(config["hidden_size"])
+        dim = config.get("hidden_size")
+        if type(dim) is not int or not 0 < dim < 2**31:
+            raise ValueError(f"judge {folder}: hidden_size is {shown(dim)}, wanted an integer")
+        self.dim: int = dim
         try:
             self._weights = load_file(self.folder / "model.safetensors")
         except SafetensorError as error:
@@ -94,7 +101,7 @@ class UniversalSentenceEncoder:
         out = np.empty((len(texts), self.dim), np.float32)
         ids = [
             [self._pieces.bos_id(), *(row or [self._pieces.unk_id()]), self._pieces.eos_id()]
-            for row in (self._pieces.encode(text) for text in texts)
+            for row in (self._pieces.encode(sanitise(text)) for text in texts)
         ]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), _BATCH):

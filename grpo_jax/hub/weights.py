@@ -9,7 +9,6 @@ never pickle.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import mmap
 import os
@@ -21,9 +20,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from grpo_jax.hub.folder import read_json
+from grpo_jax.hub.folder import read_object
 from grpo_jax.hub.place import Index, place
 from grpo_jax.hub.tensors import INDEX, SINGLE, Slot, numpy_dtype
+from grpo_jax.text.strict import inside, listed, parse_json, plain, shown
 
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
@@ -69,11 +69,13 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         names = sorted(set(_weight_map(folder).values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{folder / INDEX}: shards outside the folder: {outside}")
-        missing = [name for name in names if not (folder / name).is_file()]
+        files = [inside(folder, name, folder / INDEX) for name in names]
+        if outside := [file.name for file in files if file.parent != folder]:
+            raise ValueError(f"{folder / INDEX}: shards outside the folder: {shown(outside)}")
+        missing = [file.name for file in files if not file.is_file()]
         if missing or not names:
-            raise FileNotFoundError(f"{folder}: shards missing: {missing or 'all'}; fetch again")
+            what = shown(missing) if missing else "all"
+            raise FileNotFoundError(f"{folder}: shards missing: {what}; fetch again")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -90,8 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded folder's index."""
-    index = read_json(folder / INDEX)
-    found = index.get("weight_map") if isinstance(index, dict) else None
+    found = read_object(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ValueError(f"{folder / INDEX}: no weight_map in it; fetch the file again")
     return found
@@ -103,12 +104,12 @@ def _tensors(file: Path) -> dict[str, _Stored]:
 
     try:
         with safe_open(file, framework="np"), open(file, "rb") as handle:
-            start = 8 + int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(start - 8))
+            start = 8 + int.from_bytes(handle.read(8), "little")  # the library has checked it
+            header = parse_json(handle.read(start - 8))
             size = os.fstat(handle.fileno()).st_size
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{file}: truncated or damaged ({error}); delete it and fetch it again"
+            f"{file}: truncated or damaged ({shown(str(error))}); delete it and fetch it again"
         ) from error
     header.pop("__metadata__", None)
     return {
@@ -252,7 +253,7 @@ def open_weights(
                 unused.append(key)
                 continue
             if name in stored:
-                problems.append(f"duplicate: {name}")
+                problems.append(f"duplicate: {plain(name)}")
             stored[name] = tensor
     problems += _index_problems(held)
     problems += [f"missing: {name}" for name in table if name not in stored]
@@ -263,7 +264,7 @@ def open_weights(
             if not _equal(tensor, stored[aliases[name]]):
                 problems.append(f"{name} differs from {aliases[name]}, to which it is tied")
         elif name not in ignored:
-            problems.append(f"unknown: {name}")
+            problems.append(f"unknown: {plain(name)}")
     if problems:
         raise ValueError(_report(files[0].parent, problems))
     return Weights(stored, table, dtype, unused)
@@ -288,21 +289,26 @@ def _index_problems(held: Mapping[Path, Collection[str]]) -> list[str]:
     folder = next(iter(held)).parent
     if not (folder / INDEX).is_file():
         return []
-    listed = set(_weight_map(folder).items())
-    if not {name for _, name in listed} & {file.name for file in held}:
+    said = set(_weight_map(folder).items())
+    if not {name for _, name in said} & {file.name for file in held}:
         return []  # other files of the folder than those of the index
     found = {(key, file.name) for file, keys in held.items() for key in keys}
     return [
-        *(f"{name} holds {key}, but {INDEX} does not say so" for key, name in found - listed),
-        *(f"{INDEX} says that {name} holds {key}, but it does not" for key, name in listed - found),
+        *(f"{name} holds {plain(key)}, but {INDEX} does not say so" for key, name in found - said),
+        *(
+            f"{INDEX} says that {name} holds {plain(key)}, but it does not"
+            for key, name in said - found
+        ),
     ]
 
 
 def _check(name: str, tensor: _Stored, shape: tuple[int, ...]) -> list[str]:
     if tensor.shape != shape:
-        return [f"misshapen: {name} is {list(tensor.shape)}, the config asks for {list(shape)}"]
+        return [
+            f"misshapen: {name} is {shown(list(tensor.shape))}, the config asks for {list(shape)}"
+        ]
     if tensor.dtype not in _FLOATS:
-        return [f"{name} is {tensor.dtype}; only {', '.join(_FLOATS)} are read"]
+        return [f"{name} is {plain(tensor.dtype)}; only {', '.join(_FLOATS)} are read"]
     return []
 
 
@@ -316,10 +322,8 @@ def _equal(one: _Stored, other: _Stored) -> bool:
 
 
 def _report(folder: Path, problems: list[str]) -> str:
-    shown = "\n  ".join(problems[:40])
-    rest = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
     return (
-        f"{folder}: problems with the weights ({len(problems)}):\n  {shown}{rest}\n"
+        f"{folder}: problems with the weights ({len(problems)}):\n  {listed(problems)}\n"
         "The weights do not belong to this config.json, or the model is of another family."
     )
 

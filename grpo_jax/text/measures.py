@@ -11,12 +11,18 @@ import unicodedata
 
 MAX_CHARS = 20_000  # far beyond any encoder's window; keeps a runaway text from stalling a step
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _UNSAFE = re.compile("[\x00\ud800-\udfff]")
 
 
-def sanitise(text: str) -> str:
-    """Makes `text` encodable: NUL and lone surrogates become U+FFFD; the far tail is cut."""
-    return _UNSAFE.sub("\ufffd", text[:MAX_CHARS])
+def sanitise(text: str, most: int = MAX_CHARS) -> str:
+    """Makes `text` encodable: NUL and lone surrogates become U+FFFD; at most `most` characters."""
+    return _UNSAFE.sub("\ufffd", text[:most])
+
+
+def encodable(text: str) -> str:
+    """`text` with U+FFFD for lone surrogates, which no tokenizer takes; nothing else changes."""
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def is_empty(text: str) -> bool:

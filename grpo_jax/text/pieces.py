@@ -7,9 +7,11 @@ text of its own, dummy prefix included; that is what the models' authors and lla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from grpo_jax.text.strict import library_errors, shown
 
 SPACE = "\u2581"  # stands for a space within pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -99,22 +101,25 @@ def build_bpe(model: Pieces) -> Any:
     if len(vocab) != len(model.pieces):
         raise ValueError(f"the vocabulary names {len(model.pieces) - len(vocab)} pieces twice")
     by_type: dict[int, list[str]] = {kind: [] for kind in range(1, 7)}
+    if odd := set(model.types) - set(by_type):
+        raise ValueError(f"pieces of unknown types {shown(sorted(odd))}")
     for piece, kind in zip(model.pieces, model.types, strict=True):
         by_type[kind].append(piece)
     if len(by_type[UNKNOWN]) != 1:
-        raise ValueError(f"unknown pieces: got {by_type[UNKNOWN]}, wanted exactly one")
+        raise ValueError(f"unknown pieces: got {shown(by_type[UNKNOWN])}, wanted exactly one")
     user = sorted(by_type[USER_DEFINED], key=len, reverse=True)
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab,
-            recover_merges(model),
-            unk_token=by_type[UNKNOWN][0],
-            fuse_unk=True,
-            byte_fallback=bool(by_type[BYTE]),
-            ignore_merges=bool(user),  # a user-defined piece is one token, and never merged
+    with library_errors("the vocabulary cannot be used"):
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab,
+                recover_merges(model),
+                unk_token=by_type[UNKNOWN][0],
+                fuse_unk=True,
+                byte_fallback=bool(by_type[BYTE]),
+                ignore_merges=bool(user),  # a user-defined piece is one token, and never merged
+            )
         )
-    )
-    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+        steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.extra_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.dummy_prefix:
@@ -138,7 +143,7 @@ def as_control(model: Pieces, template: str) -> Pieces:
     and leave them in decoded text.
     """
     types = [
-        CONTROL if kind == USER_DEFINED and piece[0] == "<" and piece in template else kind
+        CONTROL if kind == USER_DEFINED and piece[:1] == "<" and piece in template else kind
         for piece, kind in zip(model.pieces, model.types, strict=True)
     ]
     return model._replace(types=types)
@@ -170,14 +175,64 @@ def _escaped(text: str) -> str:
 
 
 def add_ends(tokenizer: Any, bos: str | None, eos: str | None) -> None:
-    """Make the tokenizer put BOS before and EOS behind each text, where they are given."""
+    """Make the tokenizer put BOS before and EOS behind each text, where they are given.
+
+    Raises:
+      ValueError: one of them is not in the vocabulary.
+    """
     from tokenizers import processors
 
     if bos is None and eos is None:
         return
     first, last = [bos] if bos else [], [eos] if eos else []
+    for token in (*first, *last):
+        if not isinstance(token, str) or tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{shown(token)}, put around each text, is not in the vocabulary")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         pair=[*first, "$A", *last, *(f"{t}:1" for t in first), "$B:1", *(f"{t}:1" for t in last)],
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*first, *last}],
     )
+
+
+def add_listed(
+    tokenizer: Any, folder: Path, added: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Add what tokenizer_config.json and added_tokens.json list, at the ids that they give.
+
+    Args:
+      tokenizer: the tokenizers.Tokenizer to add to.
+      folder: for messages.
+      added: added_tokens.json, text -> id.
+      config: tokenizer_config.json.
+
+    Raises:
+      ValueError: no ids, or others than those that the tokenizer gives.
+    """
+    from tokenizers import AddedToken
+
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{folder}: added_tokens_decoder is {shown(decoder)}")
+    listed: dict[int, Any] = {}
+    for index, fields in [*((i, {"content": t}) for t, i in added.items()), *decoder.items()]:
+        number = int(index) if isinstance(index, str) and index.isascii() else index
+        if type(number) is not int or not isinstance(content_of(fields), str):
+            raise ValueError(f"{folder}: {shown(index)} is no id of an added token {shown(fields)}")
+        listed[number] = fields if isinstance(fields, dict) else {"content": fields}
+    named = [content_of(value) for key, value in config.items() if key.endswith("_token")]
+    for index, fields in sorted(listed.items()):
+        content = fields["content"]
+        flags = {k: bool(fields.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized")}
+        special = bool(fields.get("special")) or content in named
+        tokenizer.add_tokens([AddedToken(content, special=special, **flags)])
+        if (got := tokenizer.token_to_id(content)) != index:
+            raise ValueError(
+                f"{folder}: added token {shown(content)} is {index} in tokenizer_config.json or "
+                f"added_tokens.json, but {got} behind the sentencepiece model; wanted equal ids"
+            )
+
+
+def content_of(token: Any) -> str | None:
+    """The text of a token, which configs give as a string or an object."""
+    return token.get("content") if isinstance(token, dict) else token

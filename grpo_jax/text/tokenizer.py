@@ -24,7 +24,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.text.pieces import add_ends, as_control, build_bpe, read_model
+from grpo_jax.text.measures import encodable
+from grpo_jax.text.pieces import (
+    add_ends,
+    add_listed,
+    as_control,
+    build_bpe,
+    content_of,
+    read_model,
+)
+from grpo_jax.text.strict import inside, library_errors, read_json, shown
 
 _SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
@@ -49,6 +58,7 @@ def load_pretrained(folder: Path) -> Any:
         raise FileNotFoundError(
             f"{folder}: no tokenizer ({', '.join(_VOCABULARIES)}); copy the model's tokenizer files"
         )
+    _check(folder)
     file = _only_sentencepiece(folder)
     if file is None:
         pretrained = _from_pretrained(folder, folder)
@@ -75,10 +85,24 @@ def _from_pretrained(folder: Path, named: Path) -> Any:
     """AutoTokenizer on local files; errors name the folder that the user gave."""
     from transformers import AutoTokenizer
 
-    try:
+    with library_errors(f"{named}: the tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the Rust reader raises bare Exception
-        raise ValueError(f"{named}: the tokenizer cannot be read: {error}") from error
+
+
+def _check(folder: Path) -> None:
+    """Reads the small JSON files once, strictly, and refuses names that lead out of the folder.
+
+    transformers reads them itself later; it takes more, and hands what it finds to constructors.
+    """
+    for name in (_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.json"):
+        _json(folder / name)
+    config = _json(folder / _CONFIG)
+    for key, value in config.items():
+        if key.endswith("_files") and value:  # fast_tokenizer_files: one for each version
+            for name in value if isinstance(value, list) else [value]:
+                inside(folder, name, folder / _CONFIG)
+    if config.get("init_inputs"):
+        raise ValueError(f"{folder / _CONFIG}: init_inputs are not supported; remove them")
 
 
 def _present(folder: Path) -> list[Path]:
@@ -101,18 +125,18 @@ def _converted(folder: Path, file: Path) -> dict[str, str]:
     config = {**model.special, **_json(folder / "special_tokens_map.json"), **config}
     template = str(config.get("chat_template") or "")
     if (folder / "chat_template.jinja").is_file():
-        template += (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template += (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     try:
         tokenizer = build_bpe(as_control(model.pieces, template))
+        add_listed(tokenizer, folder, _json(folder / "added_tokens.json"), config)
+        bos, eos = content_of(config.get("bos_token")), content_of(config.get("eos_token"))
+        add_ends(
+            tokenizer,
+            bos if config.get("add_bos_token", True) else None,
+            eos if config.get("add_eos_token", False) else None,
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    _add_tokens(tokenizer, folder, config)
-    bos, eos = _content(config.get("bos_token")), _content(config.get("eos_token"))
-    add_ends(
-        tokenizer,
-        bos if config.get("add_bos_token", True) else None,
-        eos if config.get("add_eos_token", False) else None,
-    )
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True),
@@ -120,33 +144,15 @@ def _converted(folder: Path, file: Path) -> dict[str, str]:
     }
 
 
-def _add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Add what tokenizer_config.json and added_tokens.json list, at the ids that they give."""
-    from tokenizers import AddedToken
-
-    listed = {i: {"content": t} for t, i in _json(folder / "added_tokens.json").items()}
-    listed |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    named = {_content(value) for key, value in config.items() if key.endswith("_token")}
-    for index, fields in sorted(listed.items()):
-        content = fields["content"]
-        flags = {k: bool(fields.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized")}
-        special = bool(fields.get("special")) or content in named
-        tokenizer.add_tokens([AddedToken(content, special=special, **flags)])
-        if (got := tokenizer.token_to_id(content)) != index:
-            raise ValueError(
-                f"{folder}: added token {content!r} is {index} in tokenizer_config.json or "
-                f"added_tokens.json, but {got} behind the sentencepiece model; wanted equal ids"
-            )
-
-
 def _check_unigram(pretrained: Any, file: Path) -> None:
     """Raises ValueError where transformers' conversion does not cut as sentencepiece does."""
     from sentencepiece import SentencePieceProcessor
 
-    pieces = SentencePieceProcessor(model_file=str(file))
-    known = [p for p in map(pieces.id_to_piece, range(pieces.get_piece_size())) if p.isalpha()]
-    probe = " ".join(known[:8]).lower()
-    got, wanted = pretrained.tokenize(probe), pieces.encode(probe, out_type=str)
+    with library_errors(f"{file}: the sentencepiece model cannot be read"):
+        pieces = SentencePieceProcessor(model_file=str(file))
+        known = [p for p in map(pieces.id_to_piece, range(pieces.get_piece_size())) if p.isalpha()]
+        probe = " ".join(known[:8]).lower()
+        got, wanted = pretrained.tokenize(probe), pieces.encode(probe, out_type=str)
     if got != wanted:
         raise ValueError(
             f"{file}: transformers cuts {probe!r} into {got}, sentencepiece into {wanted}; set "
@@ -157,18 +163,10 @@ def _check_unigram(pretrained: Any, file: Path) -> None:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not valid JSON (wanted an object); fetch the file again")
     return content
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token, which configs give as a string or an object."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 class Tokenizer:
@@ -184,7 +182,9 @@ class Tokenizer:
     def __init__(self, pretrained: Any, folder: Path) -> None:
         self._pretrained = pretrained
         self._folder = folder
-        self.vocab_size: int = max(pretrained.get_vocab().values()) + 1
+        self.vocab_size: int = max(pretrained.get_vocab().values(), default=-1) + 1
+        if not self.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer's vocabulary is empty")
         turn_end = self._turn_end()
         listed = _generation_eos(folder)
         eos = [turn_end, pretrained.eos_token_id, *listed]
@@ -196,13 +196,14 @@ class Tokenizer:
             )
         if outside := [i for i in self.eos_ids if i >= self.vocab_size]:
             raise ValueError(
-                f"{folder}: eos_token_id {outside} of generation_config.json is outside the "
+                f"{folder}: eos_token_id {shown(outside)} of generation_config.json is outside the "
                 f"tokenizer's vocabulary of {self.vocab_size}"
             )
         self.eos_id: int = self.eos_ids[0]
-        probe = pretrained("a")["input_ids"]
+        with library_errors(f"{folder}: the tokenizer cannot encode"):
+            probe = pretrained("a")["input_ids"]
         bos = pretrained.bos_token_id
-        self._bos: list[int] = [bos] if bos is not None and probe[0] == bos else []
+        self._bos: list[int] = [bos] if bos is not None and probe[:1] == [bos] else []
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -224,6 +225,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, nothing added; text that looks like a special token stays text."""
+        text = encodable(text)
         return self._pretrained(text, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
@@ -250,7 +252,7 @@ class Tokenizer:
             )
         messages = [{"role": "system", "content": system}] if system else []
         rendered = self._render([*messages, {"role": "user", "content": text}], True)
-        return self._pretrained(rendered, add_special_tokens=False)["input_ids"]
+        return self._pretrained(encodable(rendered), add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Rows of ids -> texts, special tokens left out, white space at the ends stripped."""
@@ -291,9 +293,8 @@ class Tokenizer:
         return ids
 
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
+        roles = [message["role"] for message in messages]
+        with library_errors(f"{self._folder}: the chat template refuses messages of {roles}"):
             return self._pretrained.apply_chat_template(
                 messages,
                 tokenize=False,
@@ -302,11 +303,6 @@ class Tokenizer:
                 chat_template=self._template,
                 date_string=_TODAY.strftime("%d %b %Y"),  # Llama 3
             )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(
-                f"{self._folder}: the chat template refuses messages of {roles}: {error}"
-            ) from error
 
     @functools.cached_property
     def _template(self) -> str:
@@ -340,5 +336,9 @@ class Tokenizer:
 
 def _generation_eos(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, always as a list."""
-    eos = _json(folder / "generation_config.json").get("eos_token_id")
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    file = folder / "generation_config.json"
+    eos = _json(file).get("eos_token_id")
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(i) is not int or i < 0 for i in found):
+        raise ValueError(f"{file}: eos_token_id is {shown(eos)}, wanted ids")
+    return found

@@ -1,0 +1,1 @@
+"""Harnesses that try to break the program; each is a command, with a small sample in the tests."""
