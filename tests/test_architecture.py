@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 ROOMS = (
     "structs", "config", "config_dicts", "config_arms", "experiments", "assets", "text", "models",
     "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages",
-    "config_values", "config_check", "flags", "main",
+    "config_values", "config_check", "flags", "plan", "main",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from grpo_jax.models.layers import KV, Array, Linear, RMSNorm, attention
+from grpo_jax.models.layers import KV, Array, Linear, RMSNorm, attention, spread
 from grpo_jax.models.rope import Rope, Rotation, rotate, rotations, still
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
@@ -262,6 +262,7 @@ class DecoderLayer(nn.Module):
     lora_dropout: float = 0.0
     num_generations: int = 0
     return_kv: bool = False
+    rows: jax.sharding.NamedSharding | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -280,7 +281,8 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: Array, layout: Layout, kind: LayerKind) -> tuple[Array, KV | None]:
         normed = self.input_layernorm(x)
         out, kv = self.self_attn(normed, layout, kind, self.num_generations)
-        return self._feed_forward(x, out), kv if self.return_kv else None
+        x = spread(self._feed_forward(x, out), self.rows)
+        return x, kv if self.return_kv else None
 
     def decode(
         self,
@@ -295,7 +297,7 @@ class DecoderLayer(nn.Module):
         """As Attention.decode: x [P, G, D] -> [P, G, D] and the cache with one more token."""
         normed = self.input_layernorm(x)
         out, cache = self.self_attn.decode(normed, layout, kind, slot, age, cache, prefix)
-        return self._feed_forward(x, out), cache
+        return spread(self._feed_forward(x, out), self.rows), cache
 
     def _feed_forward(self, x: Array, attended: Array) -> Array:
         if self.config.post_norms:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
-from grpo_jax.models.layers import KV, Array, Embed, RMSNorm, softcap
+from grpo_jax.models.layers import KV, Array, Embed, RMSNorm, softcap, spread
 
 __all__ = ["Decoder", "DecoderConfig", "head", "logits", "scale_embedding"]
 
@@ -26,6 +26,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     lora_dropout: float = 0.0
+    rows: jax.sharding.NamedSharding | None = None  # how a batch's rows are split over devices
 
     @nn.compact
     def forward(
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         """Packed ids [P, X] -> hidden [P, X, D] and, if asked, the prompt's KV [L, P, K, S, H]."""
         c = self.config
         embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed_tokens")
-        x = scale_embedding(c, embed(ids))
+        x = spread(scale_embedding(c, embed(ids)), self.rows)
         layout = Layout(positions, prompt_mask, all_rotations(c, positions))
         kinds = jax.tree.map(lambda *kind: jnp.stack(kind), *c.layer_kinds())
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
@@ -50,9 +51,8 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
         )
-        x, kv = layers(c, self.dtype, self.lora_dropout, num_generations, return_kv, name="layers")(
-            x, layout, kinds
-        )
+        arguments = (c, self.dtype, self.lora_dropout, num_generations, return_kv, self.rows)
+        x, kv = layers(*arguments, name="layers")(x, layout, kinds)
         x = RMSNorm(c.rms_norm_eps, c.norm_offset, name="norm")(x)
         if not c.tie_word_embeddings:  # declared here, applied by `head` and `logits`
             Head(c.vocab_size, c.hidden_size, name="lm_head")()

@@ -143,3 +143,22 @@ def attention(
         out = out + jnp.einsum("PGKRTS,PKSH->PGKRTH", weights.astype(q.dtype), shared.v)
     out = (out.astype(jnp.float32) / total[..., None]).astype(q.dtype)
     return jnp.moveaxis(out, 4, 2).reshape(P, G, T, N * H)
+
+
+def spread(x: Array, rows: jax.sharding.NamedSharding | None) -> Array:
+    """x with its first axis split as `rows` says; left alone without it, or where it is uneven.
+
+    Without this the compiler may follow the parameters instead: with their width split over many
+    devices, every device then works on all rows of a part of the width.
+    """
+    if rows is None or not _even(x.shape, rows):
+        return x
+    return jax.lax.with_sharding_constraint(x, rows)
+
+
+def _even(shape: tuple[int, ...], rows: jax.sharding.NamedSharding) -> bool:
+    try:
+        rows.shard_shape(shape)
+    except ValueError:
+        return False
+    return True

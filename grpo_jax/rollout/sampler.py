@@ -20,7 +20,7 @@ from grpo_jax.config import Sampling
 from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderLayer, Layout, all_rotations
 from grpo_jax.models.decoder import Decoder, head, scale_embedding
-from grpo_jax.models.layers import KV, RMSNorm, softcap
+from grpo_jax.models.layers import KV, RMSNorm, softcap, spread
 from grpo_jax.rollout.draw import draw
 from grpo_jax.structs import Array, Rollout
 
@@ -115,6 +115,7 @@ def build_sampler(
 
         c = model.config
         blank = jnp.zeros((P, W, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
+        blank = spread(blank, model.rows)
         zeros = jnp.zeros((P, W), jnp.int32)
         state = SamplingState(
             steps=jnp.zeros((), jnp.int32),
@@ -164,7 +165,7 @@ def _build_step(
 ) -> Callable[[SamplingState], tuple[Array, list[KV]]]:
     """step(state) -> hidden [P, W, D] after the final norm, from the lanes' last tokens; caches."""
     c = model.config
-    layer = DecoderLayer(c, model.dtype)
+    layer = DecoderLayer(c, model.dtype, rows=model.rows)
     norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
     kinds = c.layer_kinds()
     per_layer = [
@@ -172,7 +173,7 @@ def _build_step(
     ]
 
     def step(state: SamplingState) -> tuple[Array, list[KV]]:
-        x = scale_embedding(c, params["embed_tokens"]["embedding"][state.token])
+        x = spread(scale_embedding(c, params["embed_tokens"]["embedding"][state.token]), model.rows)
         positions = jnp.asarray(prompt_lengths)[:, None] + jnp.maximum(state.age - 1, 0)
         layout = Layout(positions, prompt_mask, all_rotations(c, positions))
         slot = (state.steps - 1) % state.caches[0].k.shape[3]
