@@ -42,7 +42,8 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
     """The mesh over `devices` (default: all), axes ("data", "fsdp", "tensor"), -1 filled in.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or processes would have to
+        share rows.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -57,7 +58,31 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
             f"{asked}: the sizes do not fit the {len(devices)} devices of this run; wanted sizes "
             "whose product is that number (one of them may be -1: whatever is left)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    _check_processes(mesh, asked)
+    return mesh
+
+
+def _check_processes(mesh: Mesh, asked: str) -> None:
+    """Each process reads rows of its own, so its devices must hold whole rows, as many as others'.
+
+    Raises:
+      ValueError: the devices along "tensor" belong to several processes, or processes have
+        different numbers of devices.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    owners = [{device.process_index for device in row} for row in rows]
+    counts = {process: 0 for row in owners for process in row}
+    if any(len(row) > 1 for row in owners):
+        raise ValueError(
+            f"{asked}: mesh.tensor would run over several of the {len(counts)} processes, but each "
+            f"reads its own rows; wanted mesh.tensor to divide the devices of one process"
+        )
+    for (process,) in owners:
+        counts[process] += mesh.shape["tensor"]
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{n} in process {p}" for p, n in sorted(counts.items())[:8])
+        raise ValueError(f"the processes have different numbers of devices: {shown}; wanted equal")
 
 
 def param_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -105,6 +130,21 @@ def check_rows(mesh: Mesh, name: str, rows: int) -> None:
         raise ValueError(
             f"{name}: got {rows} rows, wanted a multiple of {parts}, the devices along mesh.data * "
             f"mesh.fsdp; change {name}, or give devices to mesh.tensor"
+        )
+
+
+def check_heads(mesh: Mesh, model: str, num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless each device along "tensor" can hold whole attention heads.
+
+    Args:
+      model: its name, for the message.
+      num_heads, num_kv_heads: of queries, and of keys and values.
+    """
+    tensor, common = mesh.shape["tensor"], math.gcd(num_heads, num_kv_heads)
+    if common % tensor:
+        raise ValueError(
+            f"mesh.tensor: got {tensor}, but {model} has {num_heads} heads and {num_kv_heads} "
+            f"key-value heads; wanted a divisor of {common}, so that no head is split over devices"
         )
 
 
