@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from grpo_jax import assets
 from grpo_jax.config import Config
 from grpo_jax.config_check import validate
+from grpo_jax.config_dicts import flatten, to_dict
 from grpo_jax.flags import check_flags
 from grpo_jax.infra import distributed
 from grpo_jax.infra.workdir import Workdir
@@ -40,8 +41,9 @@ def train(cfg: Config, workdir: str) -> None:
 
     validate(cfg)
     jax.config.update("jax_compilation_cache_dir", _compilation_cache())
-    distributed.initialize()
+    distributed.initialize(flatten(to_dict(cfg)))
     opened = Workdir.open(workdir, cfg)
+    distributed.check_shared(opened.config)
     # Models, flax and transformers take seconds to import: a bad config should not wait for them.
     from grpo_jax.stages.evaluate import measure_arm, measure_base, report, run_evaluate
     from grpo_jax.stages.export import run_export
@@ -104,12 +106,13 @@ def _main(argv: list[str]) -> None:
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
-    try:
-        train(_CONFIG.value, str(_WORKDIR.value))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("GRPO_JAX_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    with distributed.together():
+        try:
+            train(_CONFIG.value, str(_WORKDIR.value))
+        except (ValueError, OSError, FloatingPointError) as error:
+            if os.environ.get("GRPO_JAX_TRACEBACK"):
+                raise
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from configs import tax_tiny
 from grpo_jax import main
-from grpo_jax.config import Config
+from grpo_jax.config import Arm, Config
 from grpo_jax.evals import report
 from grpo_jax.infra.files import read_jsonl
 from grpo_jax.infra.workdir import Workdir
@@ -36,9 +36,16 @@ def config() -> Config:
     cfg.evaluation.max_retention_length = 32
     cfg.evaluation.bootstrap = 50
     long = {"grpo.max_steps": 60, "reward.tau": 0.1}
-    cfg.arms = tuple(
-        dataclasses.replace(arm, overrides=arm.overrides | long) if arm.name in LEARNING else arm
-        for arm in cfg.arms
+    cfg.forgetting.every = 2
+    held = {"grpo.max_steps": 20, "grpo.forgetting_budget": 1e-3}
+    cfg.arms = (
+        *(
+            dataclasses.replace(arm, overrides=arm.overrides | long)
+            if arm.name in LEARNING
+            else arm
+            for arm in cfg.arms
+        ),
+        Arm("held", "grpo", "cold", overrides=held),
     )
     return cfg
 
@@ -107,6 +114,15 @@ def test_the_gate_fires(folder: Path) -> None:
     for row in read_jsonl(folder / "samples.jsonl"):
         if row["stage"] == "sg-srl" and row["rewards/language"] == 0:
             assert row["reward"] == 0  # its gate is hard
+
+
+def test_a_budget_that_cannot_be_held_ends_the_arm_early(folder: Path) -> None:
+    """The cold start alone is further from base than the budget allows."""
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["stage"] == "held"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # three measurements, then the end
+    assert [row["beta"] for row in rows] == [0.04, 0.04, 0.08, 0.08, 0.16, 0.16]
+    assert all(row["forgetting/kl"] > 1e-3 for row in rows[1::2])
+    assert "eval/reward" in rows[1]  # so that the best checkpoint is known
 
 
 def test_self_sft_learns_from_its_best_samples_only(folder: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax.config import GRPO
 from grpo_jax.data.batches import bucket, prompt_batch
+from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
 from grpo_jax.learn.advantages import advantages
@@ -104,7 +105,9 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
 
             done = step + 1
             learning.check_finite(arm.name, done, metrics, everyone.tolist())
-            metrics |= within_group_stats(rewards) | _completion_stats(local)
+            sizes, ended = local.mask.sum(-1), local.ended
+            all_rewards, *all_sizes = jax.tree.map(distributed.gather, (rewards, sizes, ended))
+            metrics |= within_group_stats(all_rewards) | _completion_stats(*all_sizes)
             metrics |= _times(clock, metrics["num_tokens"])
             metrics |= {"tau": tau, "learning_rate": float(learner.schedule(step * updates))}
             guard.observe(done, metrics)
@@ -165,9 +168,9 @@ def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
-def _completion_stats(local: Rollout) -> dict[str, float]:
-    lengths = local.mask.sum(-1).reshape(-1)
-    ended = local.ended.reshape(-1)
+def _completion_stats(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+    """Of all processes' completions: tokens int [P, G], and whether they ended bool [P, G]."""
+    lengths, ended = lengths.reshape(-1), ended.reshape(-1)
     out = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),

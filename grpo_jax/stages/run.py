@@ -111,6 +111,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
     base = hub.open_decoder(
         cfg.model.path, dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
     )
+    mesh_lib.check_heads(mesh, cfg.model.path, base.config.num_heads, base.config.num_kv_heads)
     groups = {g: group_settings(cfg, workdir.arms, g) for g in groups_of(workdir.arms)}
     for own in groups.values():
         _check_lengths(own, base.config.max_position_embeddings)
@@ -120,6 +121,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         jnp.dtype(cfg.model.dtype),
         remat=cfg.model.remat,
         lora_dropout=cfg.model.lora.dropout if rank else 0.0,
+        rows=mesh_lib.batch_sharding(mesh) if mesh.size > 1 else None,
     )
     adapter = _open_adapter(cfg.model.lora, base) if rank else None
     opener = _Opener(cfg, base)
