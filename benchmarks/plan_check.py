@@ -131,7 +131,7 @@ def compiled(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> 
     if phase == "sampling":
         variables = {"params": frozen, "lora": trained} if case.rank else {"params": trained}
         sample: Any = build_sampler(
-            model, cfg.grpo.sampling, b.T, (1,), mesh_lib.replicated(mesh), case.lanes
+            model, cfg.grpo.sampling, b.T, (1,), mesh_lib.gathered(mesh), case.lanes
         )
         lowered = sample.lower(variables, ids, lengths, key, num_generations=b.G)
     else:

@@ -18,7 +18,7 @@ def get_config() -> Config:
     cfg.data.cold_start_rows = 100
     cfg.sft.max_steps = 30
     cfg.sft.optimizer.warmup_ratio = 0.0
-    cfg.grpo.max_steps = 60
+    cfg.grpo.max_steps = 220
     cfg.forgetting.every = 20
     cfg.forgetting.rows = 16
     cfg.evaluation.max_retention_rows = 48

@@ -123,13 +123,20 @@ def test_what_saves_memory_saves_it() -> None:
 
 
 def test_seventy_billion_at_full_size(tmp_path: Path) -> None:
-    """Counts of published numbers: 70.55e9 parameters, 141 GB in bfloat16, gathered to sample."""
+    """Counts of published numbers: 70.55e9 parameters, 141 GB in bfloat16.
+
+    Sampling needs a device's share along tensor: 141 GB on one, 17.6 GB on eight, more than a v5e
+    has and less than a v5p.
+    """
     file = model("meta-llama/Llama-3.1-70B", tmp_path)
     found = command.plan(lora_config("meta-llama/Llama-3.1-70B"), "v5e-64", file)
     assert found["model"]["parameters"] == 70_553_706_496
-    best = found["suggested"]
-    assert not best["fits"] and best["phases"]["sampling"]["gathered weights"] > 141e9
+    assert not found["suggested"]["fits"]
     assert any("nothing fits" in note for note in found["notes"])
+    found = command.plan(lora_config("meta-llama/Llama-3.1-70B"), "v5p-64", file)
+    best = found["suggested"]
+    gathered = best["phases"]["sampling"]["gathered weights"]
+    assert best["fits"] and gathered == pytest.approx(141.1e9 / best["mesh"]["tensor"], rel=0.01)
     shared = Split(1, 64, 1).local(trees(_read(file), read_decoder("", file)).base)
     assert shared == pytest.approx(141.1e9 / 64, rel=0.01)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,24 +86,29 @@ def _check_processes(mesh: Mesh, asked: str) -> None:
         raise ValueError(f"the processes have different numbers of devices: {shown}; wanted equal")
 
 
-def param_shardings(mesh: Mesh, tree: Any) -> Any:
+def param_shardings(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
     """A NamedSharding for each leaf of a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
 
-    An axis that does not divide its dimension is dropped there.
+    An axis that does not divide its dimension, or is not among `axes`, is dropped there.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _spec(mesh, name, leaf.shape))
+        return NamedSharding(mesh, _spec(mesh, name, leaf.shape, axes))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+    """Where sampling wants parameters: whole along "fsdp", since every token needs all of them."""
+    return partial(param_shardings, mesh, axes=("tensor",))
+
+
+def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Sequence[str]) -> P:
     for ending, spec in PARAM_RULES:
         if re.search(rf"(^|/){ending}$", name) and len(spec) == len(shape):
             fits = (
-                axis if axis and size % mesh.shape[axis] == 0 else None
+                axis if axis in axes and size % mesh.shape[axis] == 0 else None
                 for axis, size in zip(spec, shape, strict=True)
             )
             return P(*fits)

@@ -127,10 +127,8 @@ def _paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _notes(device: Device, count: int, best: Plan, memory_gib: float) -> list[str]:
     notes = []
-    if best.split.devices > 1:
-        notes.append("sampling gathers the whole model in the compute dtype on every device")
-    if best.split.tensor > 1:
-        notes.append("devices along mesh.tensor repeat each other's work while sampling")
+    if best.split.fsdp > 1:
+        notes.append("sampling gathers the model along mesh.fsdp, in the compute dtype")
     if not device.is_tpu and device.kind != "cpu" and not memory_gib:
         notes.append("JAX takes 75% of a GPU; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives it more")
     if device.kind in ("v4", "v5p"):

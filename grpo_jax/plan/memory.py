@@ -5,8 +5,8 @@ of jax itself (`jax.vjp` over abstract arrays), so neither can drift from the co
 arithmetic with these assumptions, each checked against XLA by benchmarks/plan_check.py:
 
 - Rows (prompts) are split over data x fsdp, in every phase.
-- Sampling holds the whole model in the compute dtype on every device, as rollout/sampler.py gathers
-  it there.
+- Sampling holds the model in the compute dtype, whole along fsdp and split along tensor, as
+  rollout/sampler.py gathers it.
 - With remat the backward pass keeps each layer's input and one layer's intermediates; without it,
   every layer's.
 - The loss's chunk keeps LOGIT_COPIES float32 arrays of the size of its logits.
@@ -159,15 +159,17 @@ def _sampling(
 ) -> dict[str, float]:
     width = jnp.dtype(cfg.model.dtype).itemsize
     p = _rows(batch.P, split)
-    whole = float(sum(x.size * width for x in jax.tree.leaves(trees.base)))
+    t = split.tensor
+    whole = sum(x.size * width for x in jax.tree.leaves(trees.base)) / t
     source = trees.frozen if cfg.model.lora.rank else trees.trained
     same = all(x.dtype == jnp.dtype(cfg.model.dtype) for x in jax.tree.leaves(source))
     copied = cfg.model.lora.rank > 0 or not same or split.fsdp * split.tensor > 1
-    layers = float(sum(x.size * width for x in jax.tree.leaves(trees.base["layers"])))
-    kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width * p
+    layers = sum(x.size * width for x in jax.tree.leaves(trees.base["layers"])) / t
+    heads = c.num_kv_heads / (t if c.num_kv_heads % t == 0 else 1)
+    kv = 2 * c.num_layers * heads * c.head_dim * width * p
     prefill = _layer_bytes(c, cfg, p, batch.S, 0, 1, 1) * FORWARD_SHARE
     drawn = DRAW_COPIES * p * batch.W * c.vocab_size * 4.0
-    tied = c.vocab_size * c.hidden_size * width * c.tie_word_embeddings
+    tied = c.vocab_size * c.hidden_size * width * c.tie_word_embeddings / t
     return {
         "gathered weights": whole * copied,
         "layers' slices, output matrix": layers * (slices or not copied) + tied,

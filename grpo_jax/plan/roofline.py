@@ -48,7 +48,7 @@ def times(cfg: Config, c: DecoderConfig, device: Device, split: Split) -> Times:
     width = jnp.dtype(cfg.model.dtype).itemsize
     peak = device.flops * (1.0 if width == 2 else FLOAT32_RATE) * MATMUL
     p = -(-batch.P // split.rows)
-    sampling, bound = _sampling(cfg, c, device, batch, p, width, peak)
+    sampling, bound = _sampling(cfg, c, device, batch, p, width, peak, split.tensor)
     forward = _forward_flops(c, batch) * p / split.tensor
     head = 2.0 * c.hidden_size * c.vocab_size * p * batch.G * batch.T / split.tensor
     reference = (forward + head) / peak if cfg.grpo.beta > 0 else 0.0
@@ -63,20 +63,27 @@ def times(cfg: Config, c: DecoderConfig, device: Device, split: Split) -> Times:
 
 
 def _sampling(
-    cfg: Config, c: DecoderConfig, device: Device, batch: Batch, p: int, width: int, peak: float
+    cfg: Config,
+    c: DecoderConfig,
+    device: Device,
+    batch: Batch,
+    p: int,
+    width: int,
+    peak: float,
+    tensor: int,
 ) -> tuple[float, str]:
-    """Prefill and all decoding steps. The weights are whole on every device (rollout/sampler)."""
-    numbers = c.num_layers * layer_parameters(c) + c.hidden_size * c.vocab_size
-    token = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * width  # bytes of a token's KV
+    """Prefill and all decoding steps. The weights are split along tensor only (rollout/sampler)."""
+    numbers = (c.num_layers * layer_parameters(c) + c.hidden_size * c.vocab_size) / tensor
+    token = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * width / tensor  # a token's KV, bytes
     rows = p * batch.W
     passes = DRAW_PASSES + TOP_P_PASSES * (cfg.grpo.sampling.top_p < 1)
     read = numbers * width + p * batch.S * token + rows * batch.T * token
     read += passes * rows * c.vocab_size * 4.0
-    attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + batch.T)
+    attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + batch.T) / tensor
     flops = rows * (2.0 * numbers + attended)
     by_bytes, by_flops = read / (device.bandwidth * DECODE), flops / peak
     steps = batch.T * math.ceil(batch.G / batch.W)  # every completion as long as it may be
-    prefill = p * batch.S * 2.0 * c.num_layers * layer_parameters(c) / peak
+    prefill = p * batch.S * 2.0 * c.num_layers * layer_parameters(c) / (peak * tensor)
     bound = "bandwidth" if by_bytes >= by_flops else "arithmetic"
     return prefill + steps * max(by_bytes, by_flops), bound
 
@@ -96,7 +103,7 @@ def _bytes(cfg: Config, c: DecoderConfig, batch: Batch, split: Split, p: int, wi
     numbers = layers + c.hidden_size * c.vocab_size
     passes = batch.micro * batch.mini * cfg.grpo.num_iterations
     around = (f - 1) / f
-    sent = numbers * width * (1 - 1 / (f * t))  # brought together to sample
+    sent = numbers * width / t * around  # brought together to sample
     sent += passes * (2 + cfg.model.remat) * layers * width / t * around
     sent += (cfg.grpo.beta > 0) * batch.micro * layers * width / t * around
     if not cfg.model.lora.rank:

@@ -45,7 +45,7 @@ def build_sampler(
     sampling: Sampling,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
-    sharding: jax.sharding.Sharding | None = None,
+    gathered: Callable[[dict], Any] | None = None,
     lanes: int = 0,
 ) -> Callable[..., Rollout]:
     """The jitted function sample(variables, prompt_ids, prompt_lengths, key, num_generations).
@@ -55,7 +55,8 @@ def build_sampler(
       sampling: temperature and truncations.
       max_new_tokens: T; a completion that has not ended by then is cut off.
       eos_ids: a row ends with the first token that is one of these; it belongs to the completion.
-      sharding: where parameters are gathered before the loop; None leaves them as they come.
+      gathered: gives the shardings that parameters are brought to before the loop; None leaves
+        them as they come.
       lanes: W, completions of a prompt that are drawn at one time; 0 draws all G at once.
 
     Returns:
@@ -68,7 +69,7 @@ def build_sampler(
     def sample(
         variables: dict, prompt_ids: Array, prompt_lengths: Array, key: Array, num_generations: int
     ) -> Rollout:
-        params = _prepare(model, variables, sharding)
+        params = _prepare(model, variables, gathered)
         P, S = prompt_ids.shape
         G, T = num_generations, max_new_tokens
         W = min(lanes or G, G)
@@ -149,14 +150,14 @@ def _write(buffer: Array, values: Array, *at: Array) -> Array:
     return write(buffer, values, *at)
 
 
-def _prepare(model: Decoder, variables: dict, sharding: jax.sharding.Sharding | None) -> dict:
+def _prepare(model: Decoder, variables: dict, gathered: Callable[[dict], Any] | None) -> dict:
     """Merged parameters in the compute dtype, gathered once."""
     params = variables["params"]
     if "lora" in variables:
         params = lora.merge(params, variables["lora"])
     params = jax.tree.map(lambda x: x.astype(model.dtype), params)
-    if sharding is not None:
-        params = jax.lax.with_sharding_constraint(params, sharding)
+    if gathered is not None:
+        params = jax.lax.with_sharding_constraint(params, gathered(params))
     return params
 
 
