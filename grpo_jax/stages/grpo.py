@@ -52,7 +52,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
         tau = calibrated_tau(run, arm, merged(variables))
     guard = Guard(arm.cfg.grpo, learner.aux)
     eos_ids = run.base.tokenizer.eos_ids
-    gathered = mesh_lib.replicated(run.mesh)
+    gathered = mesh_lib.gathered(run.mesh)
     sample = build_sampler(run.model, cfg.sampling, T, eos_ids, gathered, cfg.lanes)
     temperature = cfg.sampling.temperature
     reference_logps = build_logps(run.model, temperature, cfg.gradient_accumulation_steps)

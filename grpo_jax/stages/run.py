@@ -131,7 +131,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
             Sampling(temperature=0.0),
             length,
             base.tokenizer.eos_ids,
-            mesh_lib.replicated(mesh),
+            mesh_lib.gathered(mesh),
         )
         for length in {own.data.max_completion_length for own in groups.values()}
     }

@@ -61,7 +61,7 @@ def _sample(run: Run, arm: OpenArm) -> dict[str, Any]:
         sampling,
         data.max_completion_length,
         run.base.tokenizer.eos_ids,
-        mesh_lib.replicated(run.mesh),
+        mesh_lib.gathered(run.mesh),
     )
     key = method_key(run, arm.method)
     kept: list[list[Any]] = []

@@ -68,6 +68,6 @@ def open_tasks(
     """
     evaluation = cfg.evaluation
     tasks = load_tasks(evaluation.tasks, evaluation.max_task_rows, cfg.data.seed, assets.resolve)
-    greedy, gathered = Sampling(temperature=0.0), mesh_lib.replicated(mesh)
+    greedy, gathered = Sampling(temperature=0.0), mesh_lib.gathered(mesh)
     answer = build_sampler(model, greedy, ROUND, base.tokenizer.eos_ids, gathered)
     return TaskRunner(cfg, mesh, base, tasks, build_likelihood(model), answer)
