@@ -31,8 +31,7 @@ def get_config() -> Config:
         sft={"sft.max_steps": 40},
         recover={"sft.max_steps": 10, "sft.optimizer.learning_rate": 1e-3},
         transfer={
-            "data.prompt": "{source} in short: ",
-            "data.max_prompt_length": 40,
+            "data.prompt": "{source} > ",
             "data.cold_start_rows": 0,
             "data.max_rows": 64,
             "sft.max_steps": 10,

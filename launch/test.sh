@@ -25,7 +25,7 @@ check() {
 check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check .
 check "mypy" "$bin/mypy"
-check "pytest" "$bin/python" -m pytest "$@"
+check "pytest" "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}" >&2

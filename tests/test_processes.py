@@ -158,22 +158,6 @@ def test_two_processes_are_killed_resume_and_equal_one(runs):
     assert_same(runs, "then-one")
 
 
-def test_one_process_then_two_of_one_device(runs):
-    """The run of one, cut off after SFT, goes on as 2 x 1."""
-    folder = runs.base / "then-two"
-    shutil.copytree(runs.base / "one", folder)
-    for part in ("checkpoints/grpo", "evaluation", "export", "done", "arms/grpo.json"):
-        path = folder / part
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / "done").mkdir()
-    done = runs.base / "one" / "done" / "sft.json"
-    if done.exists():
-        shutil.copy(done, folder / "done" / "sft.json")
-    assert runs.finish("then-two", 2, 1) == [0, 0], runs.log("then-two", 0)
-    assert "sft: done before" in runs.log("then-two", 1)
-    assert_same(runs, "then-two")
-
-
 def test_processes_with_different_configs_stop_at_once(together):
     port, began = free_port(), time.monotonic()
     started = []

@@ -29,13 +29,6 @@ from grpo_jax.plan.model import encoder_bytes, read_decoder, read_encoder, trees
 from grpo_jax.plan.roofline import DECODE, LINKS, MATMUL
 from grpo_jax.plan.suggest import ROOM, Plan, evaluate, resolve, suggest
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
-_DEVICES = flags.DEFINE_string("devices", None, f"KIND-COUNT; kinds: {', '.join(DEVICES)}.")
-_MODEL = flags.DEFINE_string("model-config", "", "A config.json in place of model.path's.")
-_ENCODER = flags.DEFINE_string("encoder-config", "", "A config.json in place of encoder.path's.")
-_MEMORY = flags.DEFINE_float("memory", 0.0, "GiB a program may use of a device; 0: by its kind.")
-_JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-
 
 def plan(
     cfg: Config,
@@ -209,20 +202,29 @@ def _section(title: str, found: dict[str, Any]) -> list[str]:
     return [*lines, f"  {found['flags']}"]
 
 
+def _define_flags() -> None:
+    """The program's flags; not at import, for grpo_jax.main has a --config too."""
+    config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+    flags.DEFINE_string("devices", None, f"KIND-COUNT; kinds: {', '.join(DEVICES)}.")
+    flags.DEFINE_string("model-config", "", "A config.json in place of model.path's.")
+    flags.DEFINE_string("encoder-config", "", "A config.json in place of encoder.path's.")
+    flags.DEFINE_float("memory", 0.0, "GiB a program may use of a device; 0: by its kind.")
+    flags.DEFINE_boolean("json", False, "Print JSON.")
+
+
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    devices = _DEVICES.value or ""
+    names = ("config", "devices", "model-config", "encoder-config", "memory")
     try:
-        found = plan(
-            _CONFIG.value, devices, _MODEL.value, _ENCODER.value, _MEMORY.value
-        )  # fmt: skip
+        found = plan(*(flags.FLAGS[name].value for name in names))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(found, indent=2) if _JSON.value else page(found))
+    print(json.dumps(found, indent=2) if flags.FLAGS.json else page(found))
 
 
 if __name__ == "__main__":
     check_flags(sys.argv)
+    _define_flags()
     flags.mark_flags_as_required(["config", "devices"])
     app.run(_main)

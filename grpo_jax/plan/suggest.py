@@ -108,8 +108,10 @@ def suggest(
     return best
 
 
-def _rank(plan: Plan) -> tuple[bool, float, float]:
-    return (not plan.fits, plan.times.step if plan.fits else plan.memory.peak, plan.memory.peak)
+def _rank(plan: Plan) -> tuple[bool, float, int, float]:
+    """Lower is better; of equally fast ones that with the fewest micro-batches."""
+    first = plan.times.step if plan.fits else plan.memory.peak
+    return (not plan.fits, first, plan.micro, plan.memory.peak)
 
 
 def _splits(c: DecoderConfig, count: int) -> Iterator[Split]:
