@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import random
+import shutil
+import tempfile
 from pathlib import Path
+
+from grpo_jax.evals import preference, report
 
 EVIL = "<script>alert('x')</script> \"quoted\" & {{title}} </textarea>"
 SCRIPTS = ("the file is open", "ཡིག་སྣོད་འདི་ཁ་ཕྱེ།", "ھۆججەت ئېچىلدى", "文件已打开", "መዝገቡ ተከፈተ")
@@ -23,6 +29,7 @@ ARMS = (
     ("headline-sft", "sft", "sft-1e-4", "transfer"),
     ("headline-grpo", "sft", "grpo", "transfer"),
 )
+PAIRS = ("grpo:sft-1e-4", "grpo:sft-1e-6", "headline-grpo:headline-sft")  # for the judge
 
 
 def tree(
@@ -36,6 +43,7 @@ def tree(
         for i, (n, m, s, g) in enumerate(arms)
     ]
     config = {"model": {"path": "tiny"}, "data": {"seed": 0}, "stages": ["evaluate"]}
+    config |= {"evaluation": {"preference": {"model": f"judge {EVIL}"}}}
     write(
         folder / "config.json",
         {"config": config, "arms": rows, "seed": seed, "devices": {"kind": "cpu"}},
@@ -60,12 +68,53 @@ def tree(
         if name != "base":
             value["cost"] = {"tokens": 10_000 * place, "seconds": 60.5 * place, "peak_bytes": 2**31}
         write(folder / "evaluation" / f"{name}.json", value)
-    for floor, skill in (("copy", 0.02), ("tm", 0.2)):
-        write(
-            folder / "evaluation" / f"{floor}.json",
-            evaluation(floor, "", skill, 0.0, samples, rng),
-        )
+    # What is measured in every group; a group's name may be no file name.
+    for group in dict.fromkeys(["", *(g for *_, g in arms if g.isidentifier())]):
+        for floor, skill in (("copy", 0.02), ("tm", 0.2)):
+            name = f"{floor}@{group}" if group else floor
+            value = evaluation(name, group, skill, 0.0, samples, rng)
+            write(folder / "evaluation" / f"{name}.json", value | {"method": "floor"})
+        if group:
+            value = evaluation(f"base@{group}", group, 0.1, 0.0, samples, rng)
+            known = json.loads((folder / "evaluation" / "base.json").read_text())["retention"]
+            value |= {"method": "base", "retention": known}
+            write(folder / "evaluation" / f"base@{group}.json", value)
+    names = {name for name, *_ in arms}
+    pairs = [pair for pair in PAIRS if names.issuperset(pair.split(":"))]
+    if pairs:
+        write(folder / "preference.json", {pair: verdicts(rng) for pair in pairs})
     return folder
+
+
+@functools.cache
+def seeds() -> list[Path]:
+    """Three seeds of an experiment with many arms, made once; nobody may change them."""
+    root = Path(tempfile.mkdtemp(prefix="grpo_jax_seeds"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return [tree(root / f"seed{seed}", seed) for seed in range(3)]
+
+
+@functools.cache
+def one() -> dict:
+    """The report of the first seed; nobody may change it."""
+    return report.read(seeds()[0])
+
+
+@functools.cache
+def averaged() -> dict:
+    """The report of all seeds; nobody may change it."""
+    return report.read(seeds())
+
+
+def verdicts(rng: random.Random) -> dict:
+    """What a judge says of a pair: 20 contests, one of them without a verdict."""
+    replies = [(rng.choice("AABC"), rng.choice("BBAC")) for _ in range(19)] + [("A", "malformed")]
+    items = [
+        {"source": f"madda {i}", "outcome": preference.outcome(*both), "verdicts": list(both),
+         "texts": ["[[A]]", "[[B]]"]}
+        for i, both in enumerate(replies)
+    ]  # fmt: skip
+    return {**preference.summarise(items, bootstrap=50, seed=0), "items": items}
 
 
 def evaluation(
@@ -94,7 +143,14 @@ def evaluation(
         "copy_rate": {"value": 0.1, "low": 0.0, "high": 0.2},
         "udhr/chrf++": {"value": 50 * skill, "low": 40 * skill, "high": 60 * skill},
     }
-    return {"arm": arm, "target": target, "samples": rows, "seconds": 3.5, "tokens": 99}
+    return {
+        "arm": arm,
+        "group": group,
+        "target": target,
+        "samples": rows,
+        "seconds": 3.5,
+        "tokens": 99,
+    }
 
 
 def retention(nll: list[list[float]], kl: float, answers: list[int]) -> dict:

@@ -108,6 +108,9 @@ def test_comparisons_follow_the_chosen_arm(page: browser.Browser, written: Path)
     )
     # The other way round: what SFT has over GRPO.
     assert dict(rows)["sft-1e-6"] == pytest.approx(-pair["metrics"]["chrf++"]["difference"])
+    choose(page, "#results label + label select", "Tasks")
+    heads = page.run(f"[...{shown}.querySelectorAll('thead th')].map(h => h.textContent)")
+    assert heads == ["minus GRPO", "multiple choice/accuracy"]
 
 
 def test_tables_sort_by_their_headings(page: browser.Browser) -> None:
@@ -164,10 +167,15 @@ def test_samples_are_searched_sorted_and_filtered(page: browser.Browser, written
     assert "grpo" not in arms and "sft-1e-5" in arms and len(arms) == 12
     choose(page, "#group", "transfer")
     assert page.run(count) == "20 of 45"
-    assert set(page.run(f"{shown}.map(e => e.dataset.arm)")) == {"headline-sft", "headline-grpo"}
+    measured = {"base@transfer", "headline-sft", "headline-grpo", "tm@transfer"}
+    assert set(page.run(f"{shown}.map(e => e.dataset.arm)")) == measured
     assert page.run("document.querySelector('#arm').value").startswith("headline")
     offered = "[...document.querySelectorAll('#picks label')].filter(e => !e.hidden).length"
-    assert page.run(offered) == 2
+    assert page.run(offered) == 4
+    page.run("document.querySelector('#picks [data-pick=none]').click()")
+    assert page.run(f"{shown}.length") == 0
+    page.run("document.querySelector('#picks [data-pick=all]').click()")
+    assert page.run(f"{shown}.length") == 4 * 20
 
 
 def test_texts_run_in_their_own_direction(page: browser.Browser) -> None:
@@ -197,6 +205,30 @@ def test_a_curve_is_read_under_the_pointer(page: browser.Browser) -> None:
         "return [read, figure.querySelector('output').textContent]; })()"
     )
     assert found[0].startswith("sft-1e-") and "step 29: 0." in found[0] and found[1] == ""
+
+
+def test_an_arm_of_the_legend_stands_out(page: browser.Browser) -> None:
+    dimmed = page.run(
+        "(() => { const block = [...document.querySelectorAll('[data-curves]')][1];"
+        "const entry = block.querySelector('.legend [data-arm=grpo-bleu]');"
+        "const dim = () => [...new Set([...block.querySelectorAll('g.dim')]"
+        ".map(g => g.dataset.arm))];"
+        "entry.dispatchEvent(new PointerEvent('pointerenter')); const on = dim();"
+        "entry.dispatchEvent(new PointerEvent('pointerleave')); return [on, dim()]; })()"
+    )
+    assert dimmed == [["grpo", "grpo-no-gate", "grpo-beta-0", "grpo-shuffled"], []]
+
+
+def test_tables_fit_a_wide_window(page: browser.Browser) -> None:
+    """No table that is shown at first has to be scrolled sideways on a laptop's screen."""
+    page.size(1400)
+    wide = (
+        "[...document.querySelectorAll('.scroll')].filter(e => e.clientWidth"
+        " && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 40))"
+    )
+    assert page.run(wide) == []
+    page.size(500)
+    assert len(page.run(wide)) > 3
 
 
 @pytest.mark.parametrize("width", [360, 768])

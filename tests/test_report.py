@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import ARMS, EVIL, tree, write
+from report_runs import ARMS, EVIL, one, seeds, tree, write
 
 from grpo_jax.evals import plots, report, summary
 from grpo_jax.evals.runs import read_run
@@ -94,18 +94,6 @@ def workdir(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three seeds of an experiment with many arms."""
-    root = tmp_path_factory.mktemp("seeds")
-    return [tree(root / f"seed{seed}", seed) for seed in range(3)]
-
-
-@pytest.fixture(scope="module")
-def one(seeds: list[Path]) -> dict:
-    return report.read(seeds[0])
-
-
 def test_page_is_whole_and_stands_alone(workdir: Path) -> None:
     page = report.build(workdir)
     text = page.read_text(encoding="utf-8")
@@ -154,6 +142,7 @@ def test_page_shows_what_was_measured(workdir: Path) -> None:
     assert "30.0</b> <small>±1.0</small>" in text  # a value with its interval
     assert "copy floor" in text and "<b>base</b> → <b>SFT</b>" in text
     assert "minus SFT" in text and "minus base" in text  # the paired comparisons of the samples
+    assert 'id="judged"' not in text  # no judge was asked
     assert 'dir="auto">ཡིག་སྣོད།' in text and 'arabic" dir="auto">ھ' in text
     assert "<em>nothing</em>" in text and "<u>the file 0</u>" in text  # shared words are marked
     assert "61 s" in text  # what training took
@@ -180,59 +169,63 @@ def test_bad_folders_and_files_are_named(tmp_path: Path, workdir: Path, capsys) 
         report.build(workdir)
 
 
-def test_command_line(workdir: Path, seeds: list[Path], tmp_path: Path, capsys, monkeypatch):
+def test_command_line(workdir: Path, tmp_path: Path, capsys, monkeypatch):
     assert main([str(workdir)]) == 0
     printed = capsys.readouterr().out
     assert "chrF++" in printed and printed.strip().endswith("report.html")
     assert (workdir / "report.json").exists()
     monkeypatch.chdir(tmp_path)
-    assert main([str(path) for path in seeds]) == 0
+    assert main([str(path) for path in seeds()]) == 0
     assert capsys.readouterr().out.strip().endswith("report/report.html")
     assert "transfer" in (tmp_path / "report" / "report.html").read_text()
-    assert not (seeds[0] / "report.html").exists()  # a run's own page is left alone
+    assert not (seeds()[0] / "report.html").exists()  # a run's own page is left alone
     assert main([str(workdir), "--output", "there"]) == 0 and Path("there/report.json").exists()
 
 
-def test_arms_are_those_that_the_config_file_lists(workdir: Path, seeds: list[Path]) -> None:
+def test_arms_are_those_that_the_config_file_lists(workdir: Path) -> None:
     chain = {arm.name: arm for arm in read_run(workdir).arms}
     assert list(chain) == ["base", "sft", "grpo", "copy"]
     assert chain["grpo"].start == "sft" and chain["sft"].start == "base"
-    arms = {arm.name: arm for arm in read_run(seeds[0]).arms}
-    assert list(arms) == ["base", *(name for name, *_ in ARMS), "copy", "tm"]
+    arms = {arm.name: arm for arm in read_run(seeds()[0]).arms}
+    base, floors = ["base", "base@transfer"], ["copy", "tm", "copy@transfer", "tm@transfer"]
+    assert list(arms) == [*base, *(name for name, *_ in ARMS), *floors]
     assert arms["headline-grpo"].group == "transfer" and arms["headline-grpo"].start == "grpo"
     assert arms["grpo"].overrides == {"sft.max_steps": 4} and arms["tm"].method == "floor"
 
 
-def test_groups_have_sections_of_their_own(seeds: list[Path], one: dict) -> None:
-    text = report.render(one)
+def test_groups_have_sections_of_their_own() -> None:
+    text = report.render(one())
     main_part, transfer = text.split('<section id="group-1"')
     assert "headline-sft" not in main_part.split('<section id="results"')[1]
     assert transfer.index("headline-sft") < transfer.index('<section id="curves"')
-    assert {e["group"] for e in one["tax"]} == {"", "transfer"}
-    pairs = {(c["first"], c["second"]): c["metrics"] for c in one["comparisons"]}
+    assert {e["group"] for e in one()["tax"]} == {"", "transfer"}
+    pairs = {(c["first"], c["second"]): c["metrics"] for c in one()["comparisons"]}
     assert "chrf++" in pairs["headline-sft", "headline-grpo"]
     # Another test set: only what was kept can be compared.
     assert set(pairs["grpo", "headline-grpo"]) == {
         "nll_mean", "nll_p90", "multiple_choice/accuracy"
     }  # fmt: skip
-    assert report.plain(one).count(" chrF++ ") == 4  # two tables, each with UDHR's
-    assert "\n\ntransfer\n" in report.plain(one)
+    assert report.plain(one()).count(" chrF++ ") == 4  # two tables, each with UDHR's
+    assert "\n\ntransfer\n" in report.plain(one())
 
 
-def test_every_number_of_the_tables_is_in_the_json(one: dict) -> None:
-    text = report.render(one)
-    scale = {column["key"]: column["scale"] for column in one["columns"]}
+def test_every_number_of_the_tables_is_in_the_json() -> None:
+    text = report.render(one())
+    scale = {column["key"]: column["scale"] for column in one()["columns"]}
     known = {0.0}
-    for arm in one["scores"].values():
+    for arm in one()["scores"].values():
         known |= {
             s["value"] * scale[k] for part in arm.values() for k, s in part.items() if s["value"]
         }
-    for pair in one["comparisons"]:
+    for pair in one()["comparisons"]:
         known |= {m["difference"] * scale.get(k, 1) for k, m in pair["metrics"].items()}
-    for entry in one["tax"]:
+    for entry in one()["tax"]:
         for point in entry["points"]:
             known |= {point["x"]["value"], point["y"]["value"]}
-    known |= {value for cost in one["costs"].values() for value in cost.values()}
+    for pair in one()["preferences"]:
+        known |= {100 * pair[name]["value"] for name in ("win", "tie", "lose", "score")}
+        known |= {100 * pair["consistency"], *(pair[n] for n in ("judged", "malformed", "failed"))}
+    known |= {value for cost in one()["costs"].values() for value in cost.values()}
     near = np.sort(np.array([*known, *(-value for value in known)]))
     shown = np.array([float(v) for v in re.findall(r'data-value="([^"]+)"', text)])
     assert len(shown) > 1000
@@ -241,20 +234,20 @@ def test_every_number_of_the_tables_is_in_the_json(one: dict) -> None:
     assert (gap <= 1e-7 * np.maximum(1, abs(shown))).all()
 
 
-def test_json_has_the_documented_form(workdir: Path, one: dict, seeds: list[Path]) -> None:
+def test_json_has_the_documented_form(workdir: Path) -> None:
     report.build(workdir)
     found = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     documented = re.findall(r'^  "(\w+)"', summary.__doc__, re.M)
-    assert found["format"] == 1 and set(found) == set(one) > set(documented) > {"tax", "costs"}
+    assert found["format"] == 1 and set(found) == set(one()) > set(documented) > {"tax", "costs"}
     assert all(f'"{name}"' in summary.__doc__ for name in found)
     assert found["scores"]["sft"]["target"]["chrf++"] == {"value": 30, "low": 29, "high": 31}
     assert found["seeds"] == [3] and found["spread"] == "rows"
-    assert len(one["curves"]["grpo"]["reward"]["values"]) == 30
-    assert one["costs"]["mix-0.5"]["total_seconds"] == pytest.approx(60.5 * (10 + 5 + 1))
+    assert len(one()["curves"]["grpo"]["reward"]["values"]) == 30
+    assert one()["costs"]["mix-0.5"]["total_seconds"] == pytest.approx(60.5 * (10 + 5 + 1))
 
 
-def test_markup_is_accessible(one: dict) -> None:
-    checker = Checker(report.render(one))
+def test_markup_is_accessible() -> None:
+    checker = Checker(report.render(one()))
     assert all(attributes.get("scope") for tag, attributes in checker.seen if tag == "th")
     tables = sum(tag == "table" for tag, _ in checker.seen)
     assert tables > 10 and tables == sum(tag == "caption" for tag, _ in checker.seen)

@@ -62,6 +62,26 @@ def view(report: Json) -> View:
     return View(report, arms, [Column(**c) for c in report["columns"]], report["scores"])
 
 
+def is_multi(view: View) -> bool:
+    """True when the report averages several runs."""
+    return view.report["spread"] == "seeds"
+
+
+def groups(view: View) -> list[str]:
+    """The names of the groups, "" first."""
+    return list(dict.fromkeys(["", *(arm["group"] for arm in view.arms.values())]))
+
+
+def group_id(view: View, group: str) -> str:
+    """A name for element ids; group names come from the configuration."""
+    return str(groups(view).index(group))
+
+
+def named(view: View, arm: str) -> str:
+    """The head of an arm's row: mark and name."""
+    return f'<th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
+
+
 def flatten(values: Mapping[str, Any], joint: str = "/") -> Json:
     """Nested objects as one, their names joined."""
     flat: Json = {}
@@ -94,15 +114,29 @@ def text_span(text: str, reference: str = "") -> str:
     return f'<span class="text{script}" dir="auto">{joined}</span>'
 
 
-def chooser(name: str, choices: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+Options = Sequence[tuple[str, str]]  # value, and text as HTML
+
+
+def chooser(name: str, choices: Sequence[tuple[str, Options | Mapping[str, Options]]]) -> str:
     """Labelled lists that pick one of the `panels` of this name; hidden without a script.
 
     Args:
-      choices: label and (value, text as HTML) of each list; a panel's key is the values joined.
+      choices: label and options of each list, or options under headings; a panel's key is the
+        values joined.
     """
+
+    def listing(options: Options) -> str:
+        return "".join(f'<option value="{escape(key)}">{text}</option>' for key, text in options)
+
     lists = []
     for label, options in choices:
-        listed = "".join(f'<option value="{escape(key)}">{text}</option>' for key, text in options)
+        if isinstance(options, Mapping):
+            listed = "".join(
+                f'<optgroup label="{escape(heading)}">{listing(some)}</optgroup>'
+                for heading, some in options.items()
+            )
+        else:
+            listed = listing(options)
         lists.append(f'<label>{label} <select data-for="{name}">{listed}</select></label>')
     return f'<div class="tools" data-tools hidden>{"".join(lists)}</div>'
 
@@ -115,7 +149,7 @@ def panels(name: str, contents: Mapping[Any, str]) -> str:
     ]
     return (
         f'<div data-panels="{name}">{"".join(parts)}'
-        '<p class="none" data-otherwise hidden>No arm was measured on both.</p></div>'
+        '<p class="none" data-otherwise hidden>This was not measured.</p></div>'
     )
 
 

@@ -8,17 +8,22 @@ from html import escape
 
 from grpo_jax.evals import plots
 from grpo_jax.evals.page import COLOURS, View
-from grpo_jax.evals.runs import Json
+from grpo_jax.evals.runs import Json, section
+from grpo_jax.evals.table import is_number
 
+DASHES = 4  # in report.css, the first being none
 # Curves shown at once, in this order; the rest waits behind a click.
 SHOWN = (
-    "reward", "similarity", "loss", "kl", "entropy", "frac_reward_zero_std",
+    "reward", "similarity", "loss", "kl", "beta", "entropy", "frac_reward_zero_std",
     "completions/mean_length", "completions/clipped_ratio", "grad_norm",
 )  # fmt: skip
 NOTES = {
     "reward": "band: spread within a group",
     "similarity": "cosine under the reward's encoder",
     "kl": "to the reference policy",
+    "beta": "weight of the KL; a forgetting budget moves it",
+    "forgetting/kl": "KL(base‖policy) on general text, nats a token",
+    "forgetting/nll": "general text, nats a token",
     "entropy": "nats a token",
     "frac_reward_zero_std": "groups that teach nothing",
     "completions/mean_length": "tokens",
@@ -48,14 +53,27 @@ def curves(view: View) -> str:
             name = METHODS.get(method, "Other arms") + (f", {escape(group)}" if group else "")
             parts.append(f"<h3>{name}: {len(arms)} arms</h3>")
             parts.append(_together(view, arms))
+    without = [
+        view.title(arm)
+        for arm, entry in view.arms.items()
+        if entry["method"] == "interpolate" and arm not in series
+    ]
+    if without and series:
+        parts.append(f'<p class="sub">Without curves: {", ".join(without)}. Interpolated weights ')
+        parts.append("are not trained.</p>")
+    alone = []
     for arm in series:
         html = _arm(view, arm)
+        method = METHODS.get(view.arms[arm]["method"], "")
         if crowded:
-            parts.append(f'<details class="{view.css(arm)}"><summary>{view.symbol(arm)}')
-            parts.append(f'{view.title(arm)}<small>curves</small></summary><div class="inside">')
-            parts.append(f"{html}</div></details>")
+            alone.append(f'<details class="{view.css(arm)}"><summary>{view.symbol(arm)}')
+            alone.append(f"{view.title(arm)}<small>{method}</small></summary>")
+            alone.append(f'<div class="inside">{html}</div></details>')
         else:
             parts.append(f"<h3>{escape(STAGES.get(arm) or view.arms[arm]['title'])}</h3>{html}")
+    if alone:
+        parts.append("<details><summary>Each arm by itself<small>all that it logged</small>")
+        parts.append(f'</summary><div class="inside">{"".join(alone)}</div></details>')
     return "".join(parts)
 
 
@@ -73,29 +91,45 @@ def _together(view: View, arms: Sequence[str]) -> str:
     charts = []
     for name in wanted:
         lines = [_line(view, arm, name) for arm in arms if name in series[arm]]
-        if len(lines) > 1:
+        # A metric that every arm logged once, at its end, is no curve; the tables say it better.
+        if len(lines) > 1 and any(len(line.steps) > 1 for line in lines):
             note = "" if name == "reward" else NOTES.get(name, "")
-            charts.append(plots.line_chart(name, lines, note))
+            limits = {_budget(view, arm) for arm in arms}
+            limit = limits.pop() if name == "forgetting/kl" and len(limits) == 1 else None
+            note += "; dashed: the budget" if limit is not None else ""
+            charts.append(plots.line_chart(name, lines, note, limit))
     legend = "".join(
-        f'<li class="{view.css(arm)}{" dash" if _dashed(view, arm) else ""}">'
-        f'<svg viewBox="0 0 26 6" aria-hidden="true"><line class="line" x1="1" x2="25" y1="3" '
+        f'<li class="{view.css(arm)} dash{_dash(view, arm)}" data-arm="{escape(arm)}" tabindex="0">'
+        f'<svg viewBox="0 0 34 6" aria-hidden="true"><line class="line" x1="1" x2="33" y1="3" '
         f'y2="3"/></svg>{view.title(arm)}</li>'
         for arm in arms
     )
-    return f'<ul class="legend">{legend}</ul><div class="charts">{"".join(charts)}</div>'
+    return (
+        f'<div data-curves><ul class="legend">{legend}</ul>'
+        f'<div class="charts">{"".join(charts)}</div></div>'
+    )
 
 
-def _dashed(view: View, arm: str) -> bool:
-    return (view.arms[arm]["index"] or 0) >= COLOURS
+def _dash(view: View, arm: str) -> int:
+    return (view.arms[arm]["index"] or 0) // COLOURS % DASHES
+
+
+def _budget(view: View, arm: str) -> float | None:
+    """The arm's own forgetting budget, or the run's; GRPO alone keeps one."""
+    entry = view.arms[arm]
+    if entry["method"] != "grpo":
+        return None
+    run = section(section(view.report["runs"][0], "config"), "grpo").get("forgetting_budget")
+    budget = entry["overrides"].get("grpo.forgetting_budget", run)
+    return float(budget) if is_number(budget) else None
 
 
 def _line(view: View, arm: str, name: str) -> plots.Line:
     curve = view.report["curves"][arm][name]
-    title = view.arms[arm]["title"]
-    css = view.css(arm)
     return plots.Line(
-        title, css, curve["steps"], curve["values"], curve["last"], dash=_dashed(view, arm)
-    )
+        view.arms[arm]["title"], view.css(arm), curve["steps"], curve["values"], curve["last"],
+        dash=_dash(view, arm), arm=arm,
+    )  # fmt: skip
 
 
 def _is_term(name: str) -> bool:
@@ -111,7 +145,7 @@ def _arm(view: View, arm: str) -> str:
     used = {*first, *terms, *spreads.values()}
     rest = sorted(m for m in series if m not in used)
     css = view.css(arm)
-    parts = [_charts(first, series, spreads, css)]
+    parts = [_charts(first, series, spreads, css, _budget(view, arm))]
     if terms:
         parts.append("<h3>Reward terms and their spread</h3>")
         parts.append('<p class="sub">Band: standard deviation within a group, averaged over ')
@@ -124,7 +158,13 @@ def _arm(view: View, arm: str) -> str:
     return "".join(parts)
 
 
-def _charts(names: Sequence[str], series: Json, spreads: Mapping[str, str], css: str) -> str:
+def _charts(
+    names: Sequence[str],
+    series: Json,
+    spreads: Mapping[str, str],
+    css: str,
+    budget: float | None = None,
+) -> str:
     charts = []
     for name in names:
         curve = series[name]
@@ -135,5 +175,7 @@ def _charts(names: Sequence[str], series: Json, spreads: Mapping[str, str], css:
             band = curve["sd"]
             note = f"{note}; band: standard deviation of seeds" if note else "band: seeds"
         line = plots.Line("", css, curve["steps"], curve["values"], curve["last"], band)
-        charts.append(plots.line_chart(name, [line], note))
+        limit = budget if name == "forgetting/kl" else None
+        note += "; dashed: the budget" if limit is not None else ""
+        charts.append(plots.line_chart(name, [line], note, limit))
     return f'<div class="charts">{"".join(charts)}</div>'

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from grpo_jax.evals import plots
-from grpo_jax.evals.page import View, flatten, text_span
+from grpo_jax.evals.page import View, flatten, groups, named, text_span
 from grpo_jax.evals.page_head import duration
 from grpo_jax.evals.runs import Json, section
 from grpo_jax.evals.table import COLUMNS, FAILURES, is_number
@@ -26,7 +26,8 @@ def samples(view: View) -> str:
     """Held-out texts, every arm's answer under the reference; '' without samples."""
     rows = view.report["samples"]
     # The copy floor's answer is the source, which is there already.
-    arms = [a for a in view.arms if a != "copy" and any(a in row["answers"] for row in rows)]
+    found = {arm for row in rows for arm in row["answers"]}
+    arms = [arm for arm in view.arms if arm in found and arm.partition("@")[0] != "copy"]
     if not arms:
         return ""
     cards = [_sample_card(view, row, arms) for row in rows]
@@ -59,6 +60,8 @@ def samples(view: View) -> str:
         f'<label id="over" hidden>over <select id="against">{against}</select></label>'
         '<span class="count" id="count" role="status"></span></div>'
         f'<fieldset class="picks" id="picks" data-tools hidden><legend>Arms</legend>{boxes}'
+        '<button type="button" data-pick="all">all</button>'
+        '<button type="button" data-pick="none">none</button>'
         f'</fieldset><div id="cards">{"".join(cards)}</div>'
         '<button type="button" id="more" hidden>Show more</button>'
     )
@@ -132,8 +135,9 @@ def costs(view: View) -> str:
     found: dict[str, Json] = view.report["costs"]
     columns = [
         ("tokens", "tokens", "of the arm's training"),
+        ("total_tokens", "tokens in all", "tokens of this arm and of all that it comes from"),
         ("seconds", "training", "of this arm alone"),
-        ("total_seconds", "with its start", "this arm and those it starts from"),
+        ("total_seconds", "training in all", "time of this arm and of all that it comes from"),
         ("peak_bytes", "peak memory", "of one device"),
         ("evaluation_seconds", "evaluation", "seconds"),
         ("evaluation_tokens", "answers", "tokens of the greedy answers"),
@@ -141,14 +145,27 @@ def costs(view: View) -> str:
     columns = [c for c in columns if any(c[0] in cost for cost in found.values())]
     if not columns:
         return ""
+    parts = []
+    for group in groups(view):
+        rows = {arm: cost for arm, cost in found.items() if view.arms[arm]["group"] == group}
+        if rows:
+            name = escape(group.capitalize())
+            parts.append(f"<h3>{name}</h3>" if name else "")
+            parts.append(_cost_table(view, rows, columns, f"Costs {name}".strip()))
+    return "".join(parts)
+
+
+def _cost_table(
+    view: View, rows: Mapping[str, Json], columns: list[tuple[str, str, str]], caption: str
+) -> str:
     heads = "".join(f'<th scope="col" title="{about}">{name}</th>' for _, name, about in columns)
     body = "".join(
-        f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
+        f'<tr class="{view.css(arm)}">{named(view, arm)}'
         f"{''.join(_cost(cost.get(key), key) for key, _, _ in columns)}</tr>"
-        for arm, cost in found.items()
+        for arm, cost in rows.items()
     )
     return (
-        '<div class="card scroll" tabindex="0"><table class="results" data-sort><caption>Costs'
+        f'<div class="card scroll" tabindex="0"><table class="results" data-sort><caption>{caption}'
         f'</caption><thead><tr><th scope="col">arm</th>{heads}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from html import escape
 
-from grpo_jax.evals.page import View, chooser, p_value, panels, signed
-from grpo_jax.evals.page_results import compared, group_id, is_multi, reference_arm
+from grpo_jax.evals.page import (
+    View,
+    chooser,
+    group_id,
+    is_multi,
+    named,
+    p_value,
+    panels,
+    signed,
+)
+from grpo_jax.evals.page_compare import baselines, compared
 from grpo_jax.evals.runs import Json, section
 from grpo_jax.evals.table import COLUMNS, Cell, Column, cell, is_number
 from grpo_jax.evals.tax_plot import Point, tax_plot
@@ -70,18 +79,19 @@ def _lede(view: View) -> str:
         said = " → ".join(f"<b>{view.title(arm)}</b>" for arm in arms)
     else:
         said = f"<b>{len(arms)} arms</b>"
-    ranges = "Ranges are 95% bootstrap intervals."
+    ranges = "Ranges are 95% bootstrap intervals"
     if is_multi(view):
         count = len(view.report["workdirs"])
-        ranges = f"Means of <b>{count} seeds</b>; ranges are one standard deviation of the seeds."
+        ranges = f"Means of <b>{count} seeds</b>; ranges are one standard deviation of the seeds"
     return (
         f"{said}, measured on {number}: what each arm learned of the new language, and what it "
-        f"cost of what the model knew before. {ranges}"
+        f"cost of what the model knew before. {ranges}; "
+        "p-values are corrected for the number of arms (Holm)."
     )
 
 
 def _verdicts(view: View) -> str:
-    """Three cards: overlap, meaning, forgetting; GRPO (or the last arm) against the reference."""
+    """Three cards: overlap, meaning, forgetting; GRPO (or the last arm) against the baselines."""
     arms = view.group("", floors=False)
     if len(arms) < 2:
         return ""
@@ -89,9 +99,7 @@ def _verdicts(view: View) -> str:
     plain = all(view.arms[a]["method"] in ("base", a) for a in arms)
     grpo = [arm for arm in arms if view.arms[arm]["method"] == "grpo"]
     last = arms[-1] if plain or not grpo else grpo[0]
-    reference = reference_arm(view, "") or arms[0]
-    if reference == last:
-        reference = arms[0]
+    references = [arm for arm in baselines(view, "") if arm != last]
     columns = {column.key: column for column in COLUMNS}
     judged = cell(view.scores[last], columns["judge_similarity"]) is not None
     meaning = columns["judge_similarity" if judged else "similarity"]
@@ -100,33 +108,44 @@ def _verdicts(view: View) -> str:
         (f"Meaning, {'second' if judged else 'reward’s'} encoder (cosine)", meaning, False),
         ("Forgetting (NLL on general text over base)", columns["nll_mean"], "base" in arms),
     ]
-    shown = list(dict.fromkeys([arms[0], reference, last]))
-    return f'<div class="verdicts">{"".join(_verdict(view, shown, *card) for card in cards)}</div>'
+    # Base first; the differences are from the cold start and the strong SFT, else from base.
+    others = [arm for arm in references if arm != arms[0]]
+    shown = [arms[0], *others, last]
+    html = "".join(_verdict(view, shown, others or arms[:1], *card) for card in cards)
+    return f'<div class="verdicts">{html}</div>'
 
 
-def _verdict(view: View, arms: list[str], name: str, column: Column, relative: bool) -> str:
+def _verdict(
+    view: View, arms: list[str], against: list[str], name: str, column: Column, relative: bool
+) -> str:
     cells = {arm: cell(view.scores[arm], column) for arm in arms}
     last, start = cells[arms[-1]], cells[arms[0]]
     if last is None or (relative and start is None):
         return ""
     shift = start.value if relative and start else 0.0
-    sign = "+" if relative else ""
+
+    def shown(found: Cell) -> str:
+        value = found.value - shift
+        return signed(value, column.digits) if relative else f"{value:.{column.digits}f}"
+
     others = ", ".join(
-        f"{view.title(arm)} {found.value - shift:{sign}.{column.digits}f}"
+        f"{view.title(arm)} {shown(found)}"
         for arm, found in cells.items()
         if found and arm != arms[-1] and not (relative and arm == arms[0])
     )
     tail = ""
-    if found := compared(view, arms[-2], arms[-1]).get(column.key):
-        gain = found["difference"] * column.scale
-        css = ("good" if gain * column.better > 0 else "bad") if found["p"] < 0.05 else ""
-        tail = (
-            f'<br><span class="{css}">{signed(gain, column.digits)} over '
-            f"{view.title(arms[-2])}, {p_value(found['p'])}</span>"
-        )
+    for arm in against:
+        if found := compared(view, arm, arms[-1]).get(column.key):
+            gain = found["difference"] * column.scale
+            css = "plain"
+            if found["holm"] < 0.05:
+                css = "good" if gain * column.better > 0 else "bad"
+            tail += (
+                f'<br><span class="{css}">{signed(gain, column.digits)} against '
+                f"{view.title(arm)}, {p_value(found['holm'])}</span>"
+            )
     return (
-        f'<div class="card verdict"><h3>{name}</h3>'
-        f"<strong>{last.value - shift:{sign}.{column.digits}f}</strong>"
+        f'<div class="card verdict"><h3>{name}</h3><strong>{shown(last)}</strong>'
         f"<p>{view.title(arms[-1])}{'; ' if others else ''}{others}{tail}</p></div>"
     )
 
@@ -181,7 +200,7 @@ def _figure(view: View, entry: Json, y: Column, x: Column, name: str) -> str:
             Point(entered["title"], view.css(arm), entered["index"], across, up, on_front)
         )
         rows.append(
-            f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
+            f'<tr class="{view.css(arm)}">{named(view, arm)}'
             f"{_range(up, y.digits)}{_range(across, x.digits)}"
             f"<td>{'yes' if on_front else ''}</td></tr>"
         )
@@ -193,12 +212,14 @@ def _figure(view: View, entry: Json, y: Column, x: Column, name: str) -> str:
     svg = tax_plot(points, floors, f"lost: {x_title(x)}", f"learned: {y_title(y)}", name)
     front = ", ".join(view.title(arm) for arm in entry["front"])
     return (
-        f'<figure class="tax"><div class="plot">{svg}</div><div class="scroll" tabindex="0">'
-        f"<table data-sort><caption>{escape(y_title(y))} against {escape(x_title(x))}</caption>"
+        f'<figure class="tax"><div class="plot">{svg}</div><figcaption>The line is the front: no '
+        f"arm scores higher at the same or a smaller loss. On it: {front}.</figcaption>"
+        "<details><summary>The numbers of this plot</summary>"
+        '<div class="scroll" tabindex="0"><table class="results" data-sort>'
+        f"<caption>{escape(y_title(y))} against {escape(x_title(x))}</caption>"
         '<thead><tr><th scope="col">arm</th><th scope="col">learned</th><th scope="col">lost</th>'
         f'<th scope="col">front</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        f"<figcaption>The line is the front: no arm scores higher at the same or a smaller loss. "
-        f"On it: {front}.</figcaption></figure>"
+        "</details></figure>"
     )
 
 
@@ -212,5 +233,5 @@ def _scaled(entry: Json, scale: float) -> Cell:
 def _range(found: Cell, digits: int) -> str:
     hint = ""
     if found.low is not None and found.high is not None:
-        hint = f"<small>{found.low:.{digits}f} to {found.high:.{digits}f}</small>"
+        hint = f" <small>{found.low:.{digits}f} to {found.high:.{digits}f}</small>"
     return f'<td data-value="{found.value:.8g}"><b>{found.value:.{digits}f}</b>{hint}</td>'

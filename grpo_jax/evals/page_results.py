@@ -1,4 +1,4 @@
-"""The report's results: headline, tables of arms, paired comparisons and tax plots, as HTML."""
+"""The report's results, as HTML: tables of arms, and behind them the paired comparisons."""
 
 from __future__ import annotations
 
@@ -6,31 +6,13 @@ from collections.abc import Sequence
 from html import escape
 
 from grpo_jax.evals import plots
-from grpo_jax.evals.page import View, chooser, p_value, panels, signed
-from grpo_jax.evals.runs import Json
+from grpo_jax.evals.page import View, is_multi, named
+from grpo_jax.evals.page_compare import comparisons
 from grpo_jax.evals.table import COLUMNS, FAILURES, Cell, Column, cell, is_known
 
 FAILURE_NOTE = "Share of outputs. References that copy the source are not held against an arm."
-PAIRED_NOTE = (
-    "Row minus the chosen arm, on the same rows, with the 95% interval and the two-sided p of a "
-    "paired bootstrap (Koehn 2004); coloured where p &lt; 0.05. The p-values are not corrected for "
-    "the number of comparisons."
-)
-SEEDS_NOTE = " Means over the seeds; a resample draws seeds and rows."
 _FAILURES = {column.key for column in FAILURES}
 _HEADLINE = {column.key for column in COLUMNS}
-
-
-def is_multi(view: View) -> bool:
-    """True when the report averages several runs."""
-    return view.report["spread"] == "seeds"
-
-
-def reference_arm(view: View, group: str) -> str | None:
-    """The arm that others are first compared with: SFT if there is one, else base."""
-    arms = view.group(group, floors=False)
-    sft = [arm for arm in arms if view.arms[arm]["method"] == "sft"]
-    return sft[0] if sft else arms[0] if arms else None
 
 
 def results(view: View, group: str) -> str:
@@ -50,15 +32,21 @@ def results(view: View, group: str) -> str:
     beside = []
     for name, about, columns in (
         ("Tasks it could do before", "Measured as for base; bold: least lost.", tasks),
-        ("On other text", "Test sets that are unlike the training text.", domain),
         ("How outputs fail", FAILURE_NOTE, failures),
+        ("On other text", "Test sets that are unlike the training text.", domain),
     ):
         if columns:
             html = _table(view, arms, columns, name, banded=False)
             beside.append(f'<div><h3>{name}</h3><p class="sub">{about}</p>{html}</div>')
     parts.append(f'<div class="side">{"".join(beside)}</div>' if beside else "")
     seeds = _seeds(view, arms, filled) if is_multi(view) else ""
-    return "".join([*parts, seeds, _comparisons(view, group, arms)])
+    sets = {
+        "What was learned and kept": main,
+        "Tasks": tasks,
+        "On other text": domain,
+        "How outputs fail": failures,
+    }
+    return "".join([*parts, seeds, comparisons(view, group, arms, sets)])
 
 
 def _seeds(view: View, arms: Sequence[str], columns: Sequence[Column]) -> str:
@@ -74,10 +62,7 @@ def _seeds(view: View, arms: Sequence[str], columns: Sequence[Column]) -> str:
                 for v in entry.get("seeds", [])
             )
             cells.append(f"<td>{'<br>'.join(values) or '–'}</td>")
-        body.append(
-            f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
-            f"{''.join(cells)}</tr>"
-        )
+        body.append(f'<tr class="{view.css(arm)}">{named(view, arm)}{"".join(cells)}</tr>')
     number = len(view.report["workdirs"])
     return (
         f"<details><summary>Each seed<small>{number} runs, one below the other</small></summary>"
@@ -96,7 +81,7 @@ def _table(
 ) -> str:
     """One row an arm. `banded` puts target and retention under headings of their own."""
     edge = next((c.key for c in columns if c.section == "retention"), None) if banded else None
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    arrows = {1: "\u00a0↑", -1: "\u00a0↓", 0: ""}
     heads = "".join(
         f'<th{_edge(c, edge)} scope="col" title="{escape(c.about)}">{escape(c.title)}'
         f"<small>{arrows[c.better]}</small></th>"
@@ -123,10 +108,7 @@ def _table(
             _cell(cell(view.scores[arm], c), c, scales[c.key], arm in best[c.key], edge)
             for c in columns
         ]
-        body.append(
-            f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
-            f"{''.join(cells)}</tr>"
-        )
+        body.append(f'<tr class="{view.css(arm)}">{named(view, arm)}{"".join(cells)}</tr>')
     return (
         '<div class="card scroll" tabindex="0"><table class="results" data-sort><caption>'
         f"{escape(caption)}</caption><thead>{band}<tr>"
@@ -167,87 +149,11 @@ def _best(view: View, arms: Sequence[str], column: Column) -> set[str]:
         arm: found.value
         for arm in arms
         if view.arms[arm]["method"] != "floor"
-        and not (column.section == "retention" and arm == "base")
+        and not (column.section == "retention" and view.arms[arm]["method"] == "base")
         and (found := cell(view.scores[arm], column))
     }
     if len(set(values.values())) < 2 or not column.better:
         return set()
     top = max(values.values(), key=lambda value: value * column.better)
-    return {arm for arm, value in values.items() if value == top}
-
-
-def compared(view: View, first: str, second: str) -> Json:
-    """{metric: second - first with its interval and p}, whichever way round the pair is stored."""
-    for entry in view.report["comparisons"]:
-        if (entry["first"], entry["second"]) == (first, second):
-            return entry["metrics"]
-        if (entry["first"], entry["second"]) == (second, first):
-            return {
-                key: c | {"difference": -c["difference"], "low": -c["high"], "high": -c["low"]}
-                for key, c in entry["metrics"].items()
-            }
-    return {}
-
-
-def _comparisons(view: View, group: str, arms: Sequence[str]) -> str:
-    """A table for every arm that the others can be compared with."""
-    start = reference_arm(view, group)
-    if start is None:
-        return ""
-    others = [arm for arm in view.group("", floors=False) if arm == "base" and arm not in arms]
-    references = [start, *(arm for arm in [*others, *arms] if arm != start)]
-    tables = {
-        (reference,): html
-        for reference in references
-        if (html := _comparison_table(view, reference, arms))
-    }
-    if not tables:
-        return ""
-    name = f"compare-{group_id(view, group)}"
-    options = [(arm, view.title(arm)) for (arm,) in tables]
-    note = PAIRED_NOTE + (SEEDS_NOTE if is_multi(view) else "")
-    return (
-        f'<h3>Is the difference real?</h3><p class="sub">{note}</p>'
-        f"{chooser(name, [('Against', options)])}{panels(name, tables)}"
-    )
-
-
-def _comparison_table(view: View, reference: str, arms: Sequence[str]) -> str:
-    rows = {arm: compared(view, reference, arm) for arm in arms if arm != reference}
-    rows = {arm: found for arm, found in rows.items() if found}
-    columns = [c for c in view.columns if any(c.key in found for found in rows.values())]
-    if not columns:
-        return ""
-    heads = "".join(
-        f'<th scope="col" title="{escape(c.about)}">{escape(c.title)}</th>' for c in columns
-    )
-    body = "".join(
-        f'<tr class="{view.css(arm)}"><th scope="row">{view.symbol(arm)}{view.title(arm)}</th>'
-        f"{''.join(_comparison_cell(found.get(c.key), c) for c in columns)}</tr>"
-        for arm, found in rows.items()
-    )
-    return (
-        '<div class="card scroll" tabindex="0"><table class="results compared" data-sort><caption>'
-        f"Differences from {view.title(reference)}</caption><thead><tr>"
-        f'<th scope="col">minus {view.title(reference)}</th>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _comparison_cell(entry: Json | None, column: Column) -> str:
-    if not entry:
-        return '<td><span class="missing">–</span></td>'
-    digits, scale = column.digits, column.scale
-    css = ""
-    if entry["p"] < 0.05 and column.better:
-        css = "sure" if entry["difference"] * column.better > 0 else "sure down"
-    gain, low, high = (signed(entry[k] * scale, digits) for k in ("difference", "low", "high"))
-    return (
-        f'<td data-value="{entry["difference"] * scale:.8g}"><span class="{css}">{gain}</span>'
-        f"<small>[{low}, {high}]</small><small>{p_value(entry['p'])}</small></td>"
-    )
-
-
-def group_id(view: View, group: str) -> str:
-    """A name for element ids; group names come from the configuration."""
-    return str(list(dict.fromkeys(["", *(a["group"] for a in view.arms.values())])).index(group))
+    best = {arm for arm, value in values.items() if value == top}
+    return best if 2 * len(best) <= len(values) else set()  # what most arms reach marks nobody

@@ -27,7 +27,8 @@ class Line(NamedTuple):
     values: Sequence[float]
     last: float  # the last value itself, where `values` are means of stretches
     spread: Sequence[float] | None = None  # drawn as a band values +- spread
-    dash: bool = False
+    dash: int = 0  # which of the dashes of report.css; 0: none
+    arm: str = ""  # its name, where the chart shows several
 
 
 class Scale(NamedTuple):
@@ -109,13 +110,14 @@ def mark(index: int | None, x: float, y: float, r: float) -> str:
     return f'<polygon class="marker" points="{points}"/>'
 
 
-def line_chart(name: str, lines: Sequence[Line], note: str = "") -> str:
+def line_chart(name: str, lines: Sequence[Line], note: str = "", limit: float | None = None) -> str:
     """One metric over steps as a <figure>; long series are drawn with a moving average.
 
     Args:
       name: shown above the plot.
       lines: the series, each with at least one point.
       note: small text beside the name.
+      limit: a height to draw a dashed line at.
     """
     width, height = 340, 150
     series = [(np.asarray(li.steps, float), np.asarray(li.values, float)) for li in lines]
@@ -123,6 +125,7 @@ def line_chart(name: str, lines: Sequence[Line], note: str = "") -> str:
     for line, (_, y) in zip(lines, series, strict=True):
         if line.spread is not None:
             bounds += [float(v) for v in (*(y - line.spread), *(y + line.spread))]
+    bounds += [] if limit is None else [limit]
     first, last = min(x[0] for x, _ in series), max(x[-1] for x, _ in series)
     low, high = padded(bounds, 0.06)
     across = Scale(float(first), float(last if last > first else first + 1), 44, width - 8)
@@ -136,6 +139,9 @@ def line_chart(name: str, lines: Sequence[Line], note: str = "") -> str:
     parts.append(f'role="img" aria-label="{escape(name)}: {spoken}">')
     parts += [grid_y(tick, up, 44, width - 8) for tick in ticks(low, high)]
     parts += [label_x(tick, across, height) for tick in ticks(float(first), float(last))]
+    if limit is not None:
+        at = up(limit)
+        parts.append(f'<line class="floor" x1="44" x2="{width - 8}" y1="{at}" y2="{at}"/>')
     for line, (x, y) in zip(lines, series, strict=True):
         parts.append(_line(line, x, y, across, up, single))
     parts.append('<line class="cursor" y1="8" y2="130"/><circle class="cursor" r="3.5"/>')
@@ -152,8 +158,9 @@ def line_chart(name: str, lines: Sequence[Line], note: str = "") -> str:
 def _line(line: Line, x: np.ndarray, y: np.ndarray, across: Scale, up: Scale, single: bool) -> str:
     """Band, points and moving average; class "data" is on the polyline that holds the points."""
     smooth = _smooth(y)
-    dash = " dash" if line.dash else ""
-    parts = [f'<g class="{escape(line.css)}{dash}">']
+    dash = f" dash{line.dash}" if line.dash else ""
+    arm = f' data-arm="{escape(line.arm)}"' if line.arm else ""
+    parts = [f'<g class="{escape(line.css)}{dash}"{arm}>']
     if line.spread is not None:
         top = [f"{across(a)},{up(b)}" for a, b in zip(x, y + line.spread, strict=True)]
         bottom = [f"{across(a)},{up(b)}" for a, b in zip(x, y - line.spread, strict=True)]

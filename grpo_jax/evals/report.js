@@ -35,6 +35,18 @@ for (const hit of document.querySelectorAll(".hit")) {
   });
 }
 
+// Legends: the arm under the pointer stands out in the charts below.
+for (const block of document.querySelectorAll("[data-curves]")) {
+  const lines = [...block.querySelectorAll("g[data-arm]")];
+  for (const entry of block.querySelectorAll(".legend li")) {
+    const show = (on) => () => {
+      for (const line of lines) line.classList.toggle("dim", on && line.dataset.arm !== entry.dataset.arm);
+    };
+    for (const name of ["pointerenter", "focus"]) entry.addEventListener(name, show(true));
+    for (const name of ["pointerleave", "blur"]) entry.addEventListener(name, show(false));
+  }
+}
+
 // Panels: lists choose which one is shown.
 for (const box of document.querySelectorAll("[data-panels]")) {
   const lists = [...document.querySelectorAll("select[data-for]")]
@@ -127,6 +139,11 @@ if (list) {
   find.addEventListener("input", again);
   for (const control of [order, group, arm, against, ...picks])
     if (control) control.addEventListener("change", again);
+  for (const button of at("picks").querySelectorAll("[data-pick]"))
+    button.addEventListener("click", () => {
+      for (const pick of picks) pick.checked = button.dataset.pick === "all";
+      draw();
+    });
   more.addEventListener("click", () => { limit += page; draw(); });
   draw();
 }

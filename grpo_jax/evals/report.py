@@ -17,8 +17,8 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from grpo_jax.evals import page_curves, page_evidence, page_head, page_results
-from grpo_jax.evals.page import View, view
+from grpo_jax.evals import page_compare, page_curves, page_evidence, page_head, page_results
+from grpo_jax.evals.page import group_id, groups, view
 from grpo_jax.evals.runs import Json, read_run
 from grpo_jax.evals.summary import summarise
 from grpo_jax.evals.table import table
@@ -59,8 +59,9 @@ def plain(report: Json) -> str:
     """The tables for a terminal, one a group of arms; '' when no arm was measured."""
     shown = view(report)
     parts = []
-    for group in _groups(shown):
-        text = table(shown.scores, shown.group(group))
+    for group in groups(shown):
+        titles = {name: arm["title"] for name, arm in shown.arms.items()}
+        text = table(shown.scores, shown.group(group), titles)
         if text:
             parts.append(f"{group}\n{text}" if group else text)
     return "\n\n".join(parts)
@@ -69,22 +70,26 @@ def plain(report: Json) -> str:
 def render(report: Json) -> str:
     """The page: HTML that stands alone."""
     shown = view(report)
-    groups = _groups(shown)
     sections = [
         ("results", "Results", "Every arm on held-out text, against floors that need no model. "
          "Bold: the best arm.", page_results.results(shown, "")),
         ("tax", "The alignment tax", "What was learned against what it cost; up and left is "
          "better. Dashed: floors that need no model.", page_head.tax(shown, "")),
     ]  # fmt: skip
-    for group in groups[1:]:
+    for group in groups(shown)[1:]:
         plots = page_head.tax(shown, group)
         plots = f"<h3>What was learned against what it cost</h3>{plots}" if plots else ""
         html = page_results.results(shown, group) + plots
-        about = "These arms were measured on a test set of their own."
-        key = f"group-{page_results.group_id(shown, group)}"
+        about = (
+            "These arms were measured on a test set of their own. What they kept is counted "
+            "against base, as everywhere."
+        )
+        key = f"group-{group_id(shown, group)}"
         sections.append((key, escape(group.capitalize()), about, html))
     first = f" Run shown: {report['workdirs'][0]}." if len(report["workdirs"]) > 1 else ""
     sections += [
+        ("judged", "Judged in pairs", "Which answer a language model prefers.",
+         page_compare.preferences(shown)),
         ("curves", "Learning curves", "Bold: moving average. Point at a curve to read it.",
          page_curves.curves(shown)),
         ("samples", "Side by side", "Greedy answers on held-out text. Underlined: words that "
@@ -92,7 +97,8 @@ def render(report: Json) -> str:
          + escape(first), page_evidence.samples(shown)),
         ("rollouts", "While it learned", "Sampled completions and their rewards, from early to "
          "late steps." + escape(first), page_evidence.rollouts(shown)),
-        ("costs", "Costs", "What each arm took to train, and to measure.",
+        ("costs", "Costs", "What each arm took to train, and to measure. In all: with "
+         "every arm that it comes from.",
          page_evidence.costs(shown)),
         ("run", "What was run", "Arms, configuration, versions and devices.",
          page_evidence.provenance(shown)),
@@ -116,10 +122,6 @@ def render(report: Json) -> str:
     }
     # One pass, so that nothing inside a part is taken for a placeholder.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _packaged("report.html"))
-
-
-def _groups(shown: View) -> list[str]:
-    return list(dict.fromkeys(["", *(arm["group"] for arm in shown.arms.values())]))
 
 
 def _folder(workdirs: Path | Sequence[Path], output: Path | None) -> Path:

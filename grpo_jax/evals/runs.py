@@ -44,6 +44,7 @@ class Run(NamedTuple):
     metrics: dict[str, Series]  # by arm
     rollouts: list[Json]  # samples.jsonl
     evaluations: dict[str, Json]  # by arm
+    preferences: Json  # preference.json: verdicts by "FIRST:SECOND"
 
 
 def read_run(workdir: Path) -> Run:
@@ -72,6 +73,7 @@ def read_run(workdir: Path) -> Run:
         for name, found in read.items()
         if section(found, "target") or section(found, "retention")
     }
+    judged = workdir / "preference.json"
     seed = config.get("seed")
     return Run(
         path=str(workdir),
@@ -82,6 +84,7 @@ def read_run(workdir: Path) -> Run:
         metrics=series,
         rollouts=_read_lines(samples),
         evaluations=evaluations,
+        preferences=_read_json(judged) if judged.exists() else {},
     )
 
 
@@ -167,10 +170,15 @@ def _arms(config: Json, evaluations: dict[str, Json], metrics: dict[str, Series]
         is_floor = name in FLOORS or evaluation.get("method") == "floor"
         method = "floor" if is_floor else str(evaluation.get("method") or "")
         method = "base" if name == "base" else method
-        start = "" if is_floor or name == "base" else "base"
-        found[name] = Arm(name, title(name), method, start, group, {})
-    place = {"base": 0, "floor": 2}
-    return sorted(found.values(), key=lambda arm: place.get(arm.method, 1))
+        # Base and floors are measured in every group: base@transfer is base in "transfer".
+        named = name.removesuffix(f"@{group}") if method in ("base", "floor") else name
+        start = "" if method in ("base", "floor") else "base"
+        found[name] = Arm(name, title(named), method, start, group, {})
+
+    def place(arm: Arm) -> tuple[int, bool]:
+        return {"base": 0, "floor": 2}.get(arm.method, 1), arm.method == "floor" and bool(arm.group)
+
+    return sorted(found.values(), key=place)
 
 
 def _series(rows: list[Json]) -> dict[str, Series]:

@@ -6,12 +6,16 @@
   "arms": [{"name", "title", "method", "start", "group", "overrides", "index", "samples"}],
   "columns": [{"key", "section", "title", "digits", "scale", "better", "about"}],
   "scores": {arm: {"target": {key: SCORE}, "retention": {key: SCORE}}},
-  "comparisons": [{"first", "second", "metrics": {key: {"difference", "low", "high", "p"}}}],
+  "comparisons": [{"first", "second", "metrics": {key: {"difference", "low", "high", "p",
+                                                        "holm": [p, p]}}}],
+  "preferences": [{"first", "second", "model", "win", "tie", "lose", "score": SCORE, "judged",
+                   "disagreed", "malformed", "failed", "consistency", "favoured_first",
+                   "favoured_second", "p", "holm"}],
   "tax": [{"group", "target": key, "retention": key, "points": [{"arm", "x": SCORE, "y": SCORE}],
            "front": [arm], "floors": {arm: value}}],
   "curves": {arm: {metric: {"steps", "values", "last", and "sd" over seeds}}},
-  "costs": {arm: {"tokens", "seconds", "peak_bytes", "total_seconds", "evaluation_seconds",
-                  "evaluation_tokens"}},
+  "costs": {arm: {"tokens", "seconds", "peak_bytes", "total_tokens", "total_seconds",
+                  "evaluation_seconds", "evaluation_tokens"}},
   "samples": [{"group", "source", "reference", "answers": {arm: {"completion", and its scores}}}],
   "rollouts": [{"stage", "step", "count", "rows": [row of samples.jsonl]}],
   "runs": [{"workdir", **config.json}]
@@ -22,27 +26,39 @@ bootstrap interval over test rows, or null where it is not known. With several (
 the value is the mean over seeds, low and high are one standard deviation (n - 1) to each side, and
 "sd" and "seeds" (the value of each run, in the order of "workdirs"; null where it lacks the arm)
 stand beside them. Numbers are in the unit in which they were measured; the page shows value *
-scale. "index" sets an arm's colour and mark; "overrides" are the fields that are its own.
+scale. "index" sets an arm's colour and mark: arms of one group differ in it, and an arm that starts
+from another group's arm has that one's. "overrides" are the fields that are its own.
 
 tax: y is the target score; x is what was lost against base, so that left is better: the rise of a
 metric of which less is better, the fall of one of which more is. Its interval is the paired one of
 `comparisons` where rows are known, else the arm's own, moved; over seeds, that of the seeds'
 differences. The front holds the arms to which no other is at once no worse in both and better in
 one. Curves are averaged over equal stretches to at most MAX_POINTS points ("last" is the last value
-itself). "total_seconds" of an arm counts the arms that it starts from. Samples and rollouts are
-those of the first run. Comparisons: see `grpo_jax.evals.compare`; they are paired on equal rows. A
-number has at most 8 significant digits.
+itself). The totals of an arm count, once each, all arms that it comes from. Samples and rollouts
+are those of the first run.
+
+Comparisons: second - first, paired on equal rows (`grpo_jax.evals.compare`). "holm" is p corrected
+for the arms in a table: all of second's group against first, and all of first's against second.
+Preferences: shares of the judged pairs in which the judge preferred first (win), neither or second
+(lose); score is wins and half the ties. "judged", "malformed" and "failed" count pairs, over all
+seeds; "disagreed" those that are ties because the two orders contradicted each other,
+"consistency" is the share of the others; "favoured_first" and "favoured_second" count pairs in
+which the answer that was shown first, or second, won both times. "p" is the sign test of wins and
+losses, "holm" the same corrected for the number of pairs; null over seeds. A number has at most 8
+significant digits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.evals.compare import Drawn, compare, draw
+from grpo_jax.evals.compare import Drawn, compare, draw, over_seeds, preferences, resamples
+from grpo_jax.evals.costs import costs
 from grpo_jax.evals.runs import Arm, Json, Run, check_seeds, section
 from grpo_jax.evals.table import Cell, Column, cell, columns, is_number
 
@@ -59,10 +75,11 @@ def summarise(runs: Sequence[Run]) -> Json:
     """
     check_seeds(runs)
     arms = _all_arms(runs)
-    drawn = [draw(run) for run in runs]
+    groups = {arm.name: arm.group for arm in arms}
+    drawn = [draw(run, resamples(groups)) for run in runs]
     found = columns(evaluation for run in runs for evaluation in run.evaluations.values())
     scores = {arm.name: entry for arm in arms if (entry := _scores(arm.name, runs, drawn, found))}
-    comparisons = compare(drawn, [arm.name for arm in arms if arm.name in scores])
+    comparisons = compare(drawn, {arm: group for arm, group in groups.items() if arm in scores})
     first = runs[0]
     report = {
         "format": FORMAT,
@@ -74,9 +91,10 @@ def summarise(runs: Sequence[Run]) -> Json:
         "columns": [column._asdict() for column in found],
         "scores": scores,
         "comparisons": comparisons,
+        "preferences": preferences(runs),
         "tax": _tax(arms, scores, found, comparisons),
         "curves": {arm.name: c for arm in arms if (c := _curves(arm.name, runs))},
-        "costs": _costs(arms, runs),
+        "costs": costs(arms, runs),
         "samples": _samples(first),
         "rollouts": _rollouts(first.rollouts),
         "runs": [{"workdir": run.path, **run.config} for run in runs],
@@ -95,13 +113,29 @@ def _all_arms(runs: Sequence[Run]) -> list[Arm]:
 
 def _arm_entries(arms: list[Arm], runs: Sequence[Run]) -> list[Json]:
     entries = []
-    trained = [arm.name for arm in arms if arm.method not in ("base", "floor")]
+    index = _indices([arm for arm in arms if arm.method not in ("base", "floor")])
     for arm in arms:
         samples = runs[0].evaluations.get(arm.name, {}).get("samples")
-        index = trained.index(arm.name) if arm.name in trained else None
-        count = len(samples) if isinstance(samples, list) else 0
-        entries.append(arm._asdict() | {"index": index, "samples": count})
+        number = len(samples) if isinstance(samples, list) else 0
+        entries.append(arm._asdict() | {"index": index.get(arm.name), "samples": number})
     return entries
+
+
+def _indices(arms: list[Arm]) -> dict[str, int]:
+    """Places in the group's order; who carries an arm of another group over has that one's."""
+    found: dict[str, int] = {}
+    group_of = {arm.name: arm.group for arm in arms}
+    for group in dict.fromkeys(arm.group for arm in arms):
+        members = [arm for arm in arms if arm.group == group]
+        taken: set[int] = set()
+        for arm in members:
+            carried = found.get(arm.start) if group_of.get(arm.start) != group else None
+            if carried is not None and carried not in taken:
+                found[arm.name] = carried
+                taken.add(carried)
+        free = (place for place in count() if place not in taken)
+        found |= {arm.name: next(free) for arm in members if arm.name not in found}
+    return found
 
 
 def _scores(
@@ -119,19 +153,11 @@ def _scores(
                 low, high = (float(x) for x in np.percentile(resampled.draws, [2.5, 97.5]))
             entry = {"value": one.value, "low": low, "high": high}
         elif any(cells):
-            entry = _over_seeds([c.value if c else None for c in cells])
+            entry = over_seeds([c.value if c else None for c in cells])
         else:
             continue
         result.setdefault(column.section, {})[column.key] = entry
     return result
-
-
-def _over_seeds(values: list[float | None]) -> Json:
-    known = [value for value in values if value is not None]
-    mean = float(np.mean(known))
-    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    low, high = (None, None) if sd is None else (mean - sd, mean + sd)
-    return {"value": mean, "low": low, "high": high, "sd": sd, "seeds": values}
 
 
 def _tax(
@@ -150,7 +176,7 @@ def _tax(
                 points = []
                 for arm in members:
                     gained = section(scores[arm.name], "target").get(y.key)
-                    lost = _lost(arm.name, x, scores, paired)
+                    lost = _lost(arm.name, arm.method == "base", x, scores, paired)
                     if arm.method != "floor" and gained and lost:
                         points.append({"arm": arm.name, "x": lost, "y": gained})
                 if len(points) > 1:
@@ -178,7 +204,7 @@ def _is_goal(key: str) -> bool:
 
 
 def _lost(
-    arm: str, column: Column, scores: dict[str, Json], paired: dict[str, Json]
+    arm: str, is_base: bool, column: Column, scores: dict[str, Json], paired: dict[str, Json]
 ) -> Json | None:
     """What the arm lost of a metric against base; None where that cannot be said."""
     own = section(scores[arm], "retention").get(column.key)
@@ -188,13 +214,13 @@ def _lost(
     if own is None or base is None:
         return None
     sign = -column.better
-    if arm == "base":
+    if is_base:
         return {"value": 0.0, "low": None, "high": None}
     if "seeds" in own:
         starts = base.get("seeds", [0.0] * len(own["seeds"]))
         both = zip(own["seeds"], starts, strict=True)
         shifts = [None if a is None or b is None else sign * (a - b) for a, b in both]
-        return None if all(shift is None for shift in shifts) else _over_seeds(shifts)
+        return None if all(shift is None for shift in shifts) else over_seeds(shifts)
     ends = paired.get(arm, {}).get(column.key)
     if ends is None:
         moved = Cell(own["value"], own["low"], own["high"]).shifted(-base["value"])
@@ -241,43 +267,6 @@ def _curve(series: list[list[tuple[float, float]]]) -> Json:
         spread = [float(np.std(by_step[s], ddof=1)) if len(by_step[s]) > 1 else 0.0 for s in steps]
         curve["sd"] = thin(spread)
     return curve
-
-
-def _costs(arms: list[Arm], runs: Sequence[Run]) -> dict[str, Json]:
-    """Mean over the runs that know them; of training and of evaluation."""
-    found: dict[str, Json] = {}
-    for arm in arms:
-        rows: list[Json] = []
-        for run in runs:
-            evaluation = run.evaluations.get(arm.name, {})
-            cost = section(evaluation, "cost")
-            rows.append(
-                {
-                    "tokens": cost.get("tokens"),
-                    "seconds": cost.get("seconds"),
-                    "peak_bytes": cost.get("peak_bytes"),
-                    "evaluation_seconds": evaluation.get("seconds"),
-                    "evaluation_tokens": evaluation.get("tokens"),
-                }
-            )
-        entry = {
-            name: float(np.mean(known))
-            for name in rows[0]
-            if (known := [float(row[name]) for row in rows if is_number(row[name])])
-        }
-        if entry:
-            found[arm.name] = entry
-    starts = {arm.name: arm.start for arm in arms}
-    for name in found:
-        total, at, seen = 0.0, name, set()
-        while at in starts and at not in ("", "base") and at not in seen:
-            seconds = found.get(at, {}).get("seconds")
-            total = total + seconds if seconds is not None else math.nan
-            seen.add(at)
-            at = starts[at]
-        if seen and math.isfinite(total):
-            found[name]["total_seconds"] = total
-    return found
 
 
 def _samples(run: Run) -> list[Json]:

@@ -11,12 +11,17 @@ of which more is better, unless its entry says {"better": -1} or 0.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # In the order of the rows; unknown arms come after the models and before the floors.
 MODELS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "recover": "recover"}
 FLOORS = {"copy": "copy floor", "tm": "TM floor"}
+
+
+WIDTH = 160  # columns of a terminal that the plain table keeps to
+HEAD = 12  # characters that a heading may always have in one line
 
 
 class Column(NamedTuple):
@@ -136,7 +141,11 @@ def title(arm: str) -> str:
     return MODELS.get(arm) or FLOORS.get(arm) or arm
 
 
-def table(evaluations: Mapping[str, Mapping[str, Any]], arms: Sequence[str] | None = None) -> str:
+def table(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    arms: Sequence[str] | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> str:
     """Lay evaluations out as plain text: one row an arm, target metrics | retention.
 
     Args:
@@ -144,33 +153,73 @@ def table(evaluations: Mapping[str, Mapping[str, Any]], arms: Sequence[str] | No
         half the width of the interval that the evaluation states (95%, or one standard deviation
         to each side when seeds were averaged).
       arms: the rows, in their order; None takes all, ordered by `order`.
+      titles: what to call them; `title` where it says nothing.
 
     Returns:
-      Lines without a trailing newline; '' when there is nothing to show.
+      Lines of at most WIDTH columns without a trailing newline. Where they would be longer, other
+      test sets and tasks follow below, in further tables. '' when there is nothing.
     """
     arms = order(evaluations) if arms is None else [arm for arm in arms if arm in evaluations]
     failures = {column.key for column in FAILURES}
-    shown = [c for c in columns(evaluations[arm] for arm in arms) if c.key not in failures]
-    shown.sort(key=lambda column: column.section != "target")
-    if not shown:
-        return ""
-    header = ["", *(column.title for column in shown)]
-    lines = [
-        [title(arm), *(_text(cell(evaluations[arm], column), column) for column in shown)]
-        for arm in arms
+    shown = [
+        c
+        for c in columns(evaluations[arm] for arm in arms)
+        if c.key not in failures and c.key.split("/")[-1] not in failures
     ]
-    grid = [header, *lines]
-    widths = [max(len(row[i]) for row in grid) for i in range(len(header))]
-    split = 1 + sum(column.section == "target" for column in shown)
+    names = [(titles or {}).get(arm) or title(arm) for arm in arms]
+    room = WIDTH - max(map(len, names), default=0) - 1
+    laid = []
+    for column in sorted(shown, key=lambda c: c.section != "target"):
+        texts = [_text(cell(evaluations[arm], column), column) for arm in arms]
+        laid.append(_Laid(column, _broken(column.title, max(map(len, texts))), texts))
+    parts = [laid] if laid else []
+    if sum(each.width + 2 for each in laid) > room:
+        parts = []
+        for usual in (True, False):
+            chosen = [each for each in laid if is_known(each.column) is usual]
+            for i, each in enumerate(chosen):
+                if i == 0 or sum(one.width + 2 for one in (*parts[-1], each)) > room:
+                    parts.append([])
+                parts[-1].append(each)
+    return "\n\n".join(_join(names, part) for part in parts)
 
-    def join(row: list[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        halves = ["  ".join(cells[:split]), "  ".join(cells[split:])]
-        return " │ ".join(half for half in halves if half).rstrip()
 
-    rule = "─" * len(join(header))
-    return "\n".join([join(header), rule, *(join(line) for line in lines)])
+class _Laid(NamedTuple):
+    """A column of the plain table."""
+
+    column: Column
+    head: list[str]  # lines
+    texts: list[str]  # one a row
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (*self.head, *self.texts)))
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """A heading in lines, where it is much longer than what stands under it."""
+    spaced = text.replace("/", "/ ").replace("_", "_ ")
+    if len(text) <= max(width, HEAD):
+        return [text]
+    lines = textwrap.wrap(spaced, max(width, HEAD), break_long_words=False)
+    return [line.replace("/ ", "/").replace("_ ", "_") for line in lines]
+
+
+def _join(names: list[str], part: list[_Laid]) -> str:
+    """Lines of one table."""
+    heads = max(len(laid.head) for laid in part)
+    labels = [*[""] * heads, *names]
+    width = max(map(len, labels))
+    split = sum(laid.column.section == "target" for laid in part)
+    lines = []
+    for i, label in enumerate(labels):
+        cells = []
+        for laid in part:
+            column = [*[""] * (heads - len(laid.head)), *laid.head, *laid.texts]
+            cells.append(column[i].rjust(laid.width))
+        halves = ["  ".join([label.ljust(width), *cells[:split]]), "  ".join(cells[split:])]
+        lines.append(" │ ".join(half for half in halves if half).rstrip())
+    return "\n".join([*lines[:heads], "─" * max(map(len, lines[:heads])), *lines[heads:]])
 
 
 def _text(found: Cell | None, column: Column) -> str:

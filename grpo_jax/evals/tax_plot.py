@@ -12,7 +12,7 @@ from typing import NamedTuple
 from grpo_jax.evals.plots import Scale, grid_y, label_x, mark, padded, short, ticks
 from grpo_jax.evals.table import Cell
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 620, 420, 58, 16, 46
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 960, 540, 58, 16, 46
 _RIGHT = WIDTH - 14
 
 
@@ -61,7 +61,7 @@ def tax_plot(
     """
     ends_x = [v for p in points for v in p.x if v is not None]
     ends_y = [v for p in points for v in p.y if v is not None]
-    x_low, x_high = padded([*ends_x, 0.0], 0.14)
+    x_low, x_high = padded([*ends_x, 0.0], 0.1)
     y_low, y_high = padded([*ends_y, *(value for _, value in floors)], 0.12)
     across = Scale(x_low, x_high, LEFT, _RIGHT)
     up = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
@@ -70,8 +70,8 @@ def tax_plot(
     parts.append(
         f'aria-describedby="{name}-about"><desc id="{name}-about">{escape(_spoken(points))}</desc>'
     )
-    parts += [grid_y(tick, up, LEFT, _RIGHT) for tick in ticks(y_low, y_high, 5)]
-    for tick in ticks(x_low, x_high, 6):
+    parts += [grid_y(tick, up, LEFT, _RIGHT) for tick in ticks(y_low, y_high, 6)]
+    for tick in ticks(x_low, x_high, 9):
         at = across(tick)
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(label_x(tick, across, HEIGHT - 27))
@@ -90,7 +90,7 @@ def tax_plot(
     parts.append(f'rotate(-90)" text-anchor="middle">{escape(y_title)}</text>')
     for point in points:
         parts.append(_errors(point, across, up))
-    for point in points:
+    for point in sorted(points, key=lambda point: not point.on_front):  # they choose their place
         parts.append(_point(point, across, up, taken))
     return "".join([*parts, "</svg>"])
 
@@ -107,7 +107,7 @@ def _around(x: float, y: float) -> _Box:
 
 def _floor(label: str, value: float, up: Scale, taken: list[_Box]) -> str:
     """A dashed line; its name stands at the right end, above the line or below it."""
-    at, width = up(value), 7.0 * len(label)
+    at, width = up(value), 5.5 * len(label)
     above = _Box(_RIGHT - width, at - 16, _RIGHT, at - 2)
     below = _Box(_RIGHT - width, at + 2, _RIGHT, at + 16)
     box = below if any(above.meets(t) for t in taken) else above
@@ -150,7 +150,7 @@ def _point(point: Point, across: Scale, up: Scale, taken: list[_Box]) -> str:
     x, y = across(point.x.value), up(point.y.value)
     spoken = f"{point.label}: {short(point.y.value)} at {short(point.x.value)}"
     parts = [f'<g class="point {escape(point.css)}"><title>{escape(spoken)}</title>']
-    box = _label_place(x, y, 7.4 * len(point.label), taken)
+    box = _label_place(x, y, 6.6 * len(point.label), taken)
     taken.append(box)
     if box.left > x + 14 or box.right < x - 14 or box.top > y + 14 or box.bottom < y - 16:
         near = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
@@ -164,11 +164,15 @@ def _point(point: Point, across: Scale, up: Scale, taken: list[_Box]) -> str:
 def _label_place(x: float, y: float, length: float, taken: list[_Box]) -> _Box:
     """The nearest free place for a label around a mark; beside it when none is free."""
     places = []
-    for distance in (9, 22, 38, 56, 76):
+    for distance in (9, 22, 38, 56, 76, 100, 130, 165, 205):
+        half = distance / 2
         for dx, dy in (
             (distance, 0), (-distance - length, 0), (distance, -distance), (distance, distance),
             (-distance - length, -distance), (-distance - length, distance),
             (-length / 2, -distance - 6), (-length / 2, distance + 6),
+            (distance, -half), (distance, half), (-distance - length, -half),
+            (-distance - length, half), (half, -distance), (half, distance),
+            (-half - length, -distance), (-half - length, distance),
         ):  # fmt: skip
             places.append(_Box(x + dx, y + dy - 8, x + dx + length, y + dy + 8))
     inside = _Box(LEFT, TOP, _RIGHT + 6, HEIGHT - BOTTOM)

@@ -217,7 +217,8 @@ def _main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     names = ("config", "devices", "model-config", "encoder-config", "memory")
     try:
-        found = plan(*(flags.FLAGS[name].value for name in names))
+        values: list[Any] = [flags.FLAGS[name].value for name in names]
+        found = plan(*values)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(found, indent=2) if flags.FLAGS.json else page(found))
