@@ -25,8 +25,7 @@ class Lora:
     rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.0
-    # Names of linear layers (q_proj, ...), or all-linear: every one but the output matrix.
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = ("all-linear",)  # or q_proj, ...; all-linear: but the output matrix
     path: str = ""  # a PEFT adapter that the first training stage starts from; '': a fresh one
 
 
@@ -324,6 +323,7 @@ class Config:
     arms: tuple[Arm, ...] = ()
     only: tuple[str, ...] = ()  # arms to work on now, here; (): all. For several machines, one run
     seed: Optional[int] = None  # None: a fresh one, recorded in config.json
+    on_nonfinite: str = "stop"  # where a loss or gradient is not finite; or "skip": leave it out
     model: Model = field(default_factory=Model)
     encoder: Encoder = field(default_factory=Encoder)
     data: Data = field(default_factory=Data)

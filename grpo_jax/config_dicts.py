@@ -9,11 +9,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from grpo_jax.config import Config, did_you_mean
 
-# Not part of what an arm is, so these may change when it is resumed: what changes nothing that is
-# computed, and what only a stage behind the training reads, which then runs again.
+# Not part of what an arm is, so these may change when it is resumed: what changes nothing that was
+# computed so far, and what only a stage behind the training reads, which then runs again.
 CADENCE = (
-    "stages", "arms", "only", "seed", "log", "checkpoint.every", "checkpoint.keep", "mesh",
-    "model.remat", "encoder.batch_size", "grpo.lanes",
+    "stages", "arms", "only", "seed", "on_nonfinite", "log", "checkpoint.every", "checkpoint.keep",
+    "mesh", "model.remat", "encoder.batch_size", "grpo.lanes",
 )  # fmt: skip
 AFTER_TRAINING = {"evaluate": ("evaluation", "encoder.judge"), "export": ("export",)}
 

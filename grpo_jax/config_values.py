@@ -18,6 +18,7 @@ LINEARS = (
 )  # fmt: skip
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "on_nonfinite": ("stop", "skip"),
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "encoder.dtype": DTYPES,

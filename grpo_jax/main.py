@@ -6,11 +6,14 @@ same command resumes an interrupted run; what is finished is not done again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -21,7 +24,7 @@ from grpo_jax.config import Config
 from grpo_jax.config_check import validate
 from grpo_jax.config_dicts import flatten, to_dict
 from grpo_jax.flags import check_flags
-from grpo_jax.infra import distributed
+from grpo_jax.infra import distributed, signals
 from grpo_jax.infra.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
@@ -36,6 +39,8 @@ def train(cfg: Config, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError, OSError: one message that names the thing and the remedy.
       FloatingPointError: training diverged; what was saved before is intact.
+      MemoryError: which phase exhausted a device's memory, and what to lower.
+      Stopped: a signal ended the training behind a step, which is saved.
     """
     import jax
 
@@ -46,6 +51,7 @@ def train(cfg: Config, workdir: str) -> None:
     distributed.check_shared(opened.config)
     # Models, flax and transformers take seconds to import: a bad config should not wait for them.
     from grpo_jax.stages.evaluate import measure_arm, measure_base, report, run_evaluate
+    from grpo_jax.stages.exhausted import phase
     from grpo_jax.stages.export import run_export
     from grpo_jax.stages.grpo import run_grpo
     from grpo_jax.stages.run import open_run
@@ -61,11 +67,13 @@ def train(cfg: Config, workdir: str) -> None:
         "interpolate": run_interpolate,
     }
     behind = {"evaluate": run_evaluate, "export": run_export}
-    with closing(opened):
-        run = open_run(cfg, opened)
+    with closing(opened), _naming(opened.path):
+        with phase("loading", cfg):
+            run = open_run(cfg, opened)
         with closing(run.writer):
-            if "evaluate" in cfg.stages:
-                measure_base(run)  # first: whatever evaluation needs is missing now or never
+            if "evaluate" in cfg.stages:  # first: whatever it needs is missing now or never
+                with phase("evaluation", cfg):
+                    measure_base(run)
             for name in run.working:
                 if opened.arm_done(name) is not None:
                     _log.info("%s: done before", name)
@@ -76,19 +84,36 @@ def train(cfg: Config, workdir: str) -> None:
                 train_by[arm.method](run, arm)
                 _log.info("%s: %.0f s", name, opened.arm_cost(name)["seconds"])
                 if "evaluate" in cfg.stages:
-                    measure_arm(run, name)
+                    with phase("evaluation", cfg):
+                        measure_arm(run, name)
                     report(run)  # so that the first arms can be looked at while others train
             for stage in [stage for stage in cfg.stages if stage in behind]:
                 if opened.stage_done(stage):
                     _log.info("%s: done before", stage)
                     continue
                 began = time.monotonic()
-                behind[stage](run)
+                with phase("evaluation" if stage == "evaluate" else "loading", cfg):
+                    behind[stage](run)
                 opened.mark_done(stage)
                 _log.info("%s: %.0f s", stage, time.monotonic() - began)
             summary = report(run)
         if distributed.is_main():
             print(f"\n{summary}\n\nreport: {opened.report}")
+
+
+@contextmanager
+def _naming(workdir: Path) -> Iterator[None]:
+    """Says what to do about a disk that takes nothing more, where the error itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        file = error.filename or "a file"
+        raise OSError(
+            f"workdir {workdir}: {file} cannot be written ({error.strerror}); make room on the "
+            "disk and start the same command again, it goes on from the last checkpoint"
+        ) from error
 
 
 def _compilation_cache() -> str:
@@ -106,10 +131,14 @@ def _main(argv: list[str]) -> None:
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
-    with distributed.together():
+    with signals.ending(), distributed.together():
         try:
             train(_CONFIG.value, str(_WORKDIR.value))
-        except (ValueError, OSError, FloatingPointError) as error:
+        except signals.Stopped as stop:
+            if distributed.is_main():
+                print(stop, file=sys.stderr)
+            sys.exit(stop.status)
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             if os.environ.get("GRPO_JAX_TRACEBACK"):
                 raise
             sys.exit(f"error: {error}")

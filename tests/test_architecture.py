@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 # A room may import its own files and any room before it; BUILD.md draws the same order.
 ROOMS = (
     "structs", "config", "config_dicts", "config_arms", "experiments", "assets", "text", "models",
-    "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages",
+    "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages", "replay",
     "config_values", "config_check", "flags", "plan", "main",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import hub
 from grpo_jax.hub import decoder as hub_decoder
 from grpo_jax.hub.decoder_config import decoder_config
+from grpo_jax.hub.folder import atomic_folder
 from grpo_jax.hub.names import decoder_table
 from grpo_jax.hub.writing import unstack, write_safetensors
 
@@ -206,3 +207,17 @@ def test_smollm2_is_what_torch_says() -> None:
     padded = np.asarray([prompt + [0] * (len(ids[0]) - len(prompt))])  # the shape is compiled
     answer = int(np.argmax(np.asarray(policy.logits(padded))[0, len(prompt) - 1]))
     assert policy.tokenizer.decode([[answer]]) == ["Paris"]
+
+
+def test_what_a_kill_left_of_an_export_is_cleared_away(tmp_path: Path) -> None:
+    """A half-written folder goes; one that was moved aside for the new one comes back."""
+    target = tmp_path / "model"
+    (tmp_path / ".model.tmp").mkdir()
+    old = tmp_path / ".model.old"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
+        assert (target / "config.json").exists() and not old.exists()
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert not any(folder.parent.glob(".*"))

@@ -117,7 +117,8 @@ def _check_links(folder: Path) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that takes the place of `folder` when the block succeeds.
 
-    A model folder that was there is replaced at the end; after an error it is untouched.
+    A model folder that was there is replaced at the end; after an error it is untouched. What a
+    kill left beside it is cleared away by the next call.
 
     Raises:
       ValueError: `folder` exists and is not a model folder.
@@ -126,9 +127,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and _replaceable(folder)):
         raise ValueError(f"{folder}: exists and is not a model folder; choose another or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    replaced = folder.with_name(f".{folder.name}.old")
+    if replaced.exists() and not folder.exists():  # killed between the two renames below
+        replaced.rename(folder)
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

@@ -48,6 +48,7 @@ class Checkpoints:
             self._folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
+        self._saving: Any = None  # Orbax's answer for the write in the background
         self._sum_bits = jax.jit(sum_bits)
         logging.getLogger("absl").addFilter(_without_traces)  # background threads log there
 
@@ -74,7 +75,7 @@ class Checkpoints:
         score = None if score is None or not math.isfinite(score) else float(score)
         said = {"aux": aux, "leaves": self._describe(state), "score": score}
         with self._explained(f"checkpoint {step} could not be written"):
-            self._orbax.save_checkpointables_async(
+            self._saving = self._orbax.save_checkpointables_async(
                 step,
                 {"state": state},
                 force=True,
@@ -133,8 +134,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the write in the background, if any, has ended; OSError if it failed."""
+        saving, self._saving = self._saving, None
         with self._explained("the last checkpoint could not be written"):
-            self._orbax.wait()
+            try:
+                if saving is not None:  # unasked, its thread and three open files stay for good
+                    saving.result()
+            finally:
+                self._orbax.wait()  # it knows of the same failure, and forgets it now
         self._clear_leftovers()
 
     def close(self) -> None:

@@ -127,11 +127,17 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file whole: readers see the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); make room on the disk and start the "
+            "same command again"
+        ) from None
 
 
 def json_line(row: dict[str, Any]) -> str:

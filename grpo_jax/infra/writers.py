@@ -49,9 +49,13 @@ class MetricWriter:
                 self._workdir.append(self._workdir.samples, row)
 
     def close(self) -> None:
-        """Flushes TensorBoard's files."""
+        """Flushes TensorBoard's files; one that cannot be written is not worth the run."""
         for board in self._boards.values():
-            board.close()
+            try:
+                board.close()
+            except OSError as error:
+                folder = self._workdir.tensorboard
+                _log.warning("%s: cannot be written (%s)", folder, error.strerror)
         self._boards.clear()
 
     def _board(self, stage: str, step: int) -> Any:

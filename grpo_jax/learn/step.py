@@ -67,6 +67,45 @@ def build_logps(
     return jax.jit(logps)
 
 
+def build_loss(
+    model: Decoder, loss_of: Loss, cfg: Lora, temperature: float
+) -> Callable[[dict, dict | None, TrainBatch, Array, Array, Array | None], tuple[Array, Stats]]:
+    """loss(trained, frozen, batch, weights, shares, key) -> (float32 [], Stats), not jitted.
+
+    Args:
+      model, loss_of, cfg, temperature: as for `build_update`.
+
+    Returns:
+      loss. `weights` and `shares` are float32 [P, G, T] of `token_weights`, and what they leave out
+      costs nothing; `key` drives LoRA dropout, None: there is none.
+    """
+
+    def loss(
+        trained: dict,
+        frozen: dict | None,
+        batch: TrainBatch,
+        weights: Array,
+        shares: Array,
+        key: Array | None,
+    ) -> tuple[Array, Stats]:
+        variables = policy_variables(trained, frozen, cfg)
+        rngs = {"dropout": key} if cfg.rank and cfg.dropout and key is not None else None
+        tokens = tokens_of(batch, weights, shares)
+        if not loss_of.by_token:
+            return loss_of.fn(*batch_logps(model, variables, batch, temperature, rngs), tokens)
+        return loss_of_tokens(
+            _hidden(model, variables, batch, rngs),
+            head(variables["params"]),
+            batch.ids,
+            tokens,
+            loss_of.fn,
+            temperature,
+            model.config.final_logit_softcapping,
+        )
+
+    return loss
+
+
 def build_update(
     model: Decoder,
     optimizer: optax.GradientTransformation,
@@ -91,33 +130,12 @@ def build_update(
 
     Returns:
       update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. stats holds
-      float32 scalars: loss, grad_norm, num_tokens and those of the loss function.
+      float32 scalars: loss, grad_norm, num_tokens, skipped and those of the loss function. If the
+      loss or the gradient's norm is not finite, skipped is 1 and the new state is the old one, bit
+      for bit. A parameter that its own step would make infinite (a huge learning rate) stays.
     """
 
-    def loss(
-        trained: dict,
-        frozen: dict | None,
-        micro: TrainBatch,
-        weights: Array,
-        mean: Array,
-        key: Array,
-    ) -> tuple[Array, Stats]:
-        variables = policy_variables(trained, frozen, cfg)
-        rngs = {"dropout": key} if cfg.rank and cfg.dropout else None
-        tokens = tokens_of(micro, weights, mean)
-        if not loss_of.by_token:
-            return loss_of.fn(*batch_logps(model, variables, micro, temperature, rngs), tokens)
-        return loss_of_tokens(
-            _hidden(model, variables, micro, rngs),
-            head(variables["params"]),
-            micro.ids,
-            tokens,
-            loss_of.fn,
-            temperature,
-            model.config.final_logit_softcapping,
-        )
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(build_loss(model, loss_of, cfg, temperature), has_aux=True)
 
     def update(
         state: TrainState, frozen: dict | None, batch: TrainBatch, key: Array
@@ -142,11 +160,23 @@ def build_update(
             value = jnp.sum(value)
             parts = Stats(jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        stats = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+        fine = jnp.isfinite(value) & jnp.isfinite(norm)
+
+        def unless_bad(new: Array, before: Array) -> Array:
+            return jnp.where(fine, new, before)
+
+        params = jax.tree.map(
+            lambda new, before: jnp.where(fine & jnp.isfinite(new), new, before),
+            optax.apply_updates(state.params, updates),
+            state.params,
+        )
+        opt_state = jax.tree.map(unless_bad, opt_state, state.opt_state)
+        count = unless_bad(state.step + 1, state.step)
+        stats = {"loss": value, "grad_norm": norm, "skipped": 1.0 - fine.astype(jnp.float32)}
         stats |= {"num_tokens": jnp.sum(batch.mask).astype(jnp.float32)}
         stats |= parts.means | parts.maxima
-        return TrainState(state.step + 1, params, opt_state), stats
+        return TrainState(count, params, opt_state), stats
 
     return jax.jit(update, donate_argnums=0)
 

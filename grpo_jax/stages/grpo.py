@@ -27,12 +27,14 @@ from grpo_jax.learn.step import build_logps, build_update, policy_variables
 from grpo_jax.rewards.scorer import within_group_stats
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages import learner as learning
+from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import calibrated_tau, completion_ids, generate, merged
 from grpo_jax.stages.guard import Guard
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
 
+REFERENCE = "the reference's log-probs"  # a phase that two places know
 SHOWN = ("reward", "kl", "tokens_per_second")  # metrics beside the progress bar
 
 _log = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     variables = policy_variables(state.params, frozen, lora)
     tau = learner.aux.get("tau")
     if tau is None:
-        tau = calibrated_tau(run, arm, merged(variables))
+        with phase("evaluation", run.cfg):
+            tau = calibrated_tau(run, arm, merged(variables))
     guard = Guard(arm.cfg.grpo, learner.aux)
     eos_ids = run.base.tokenizer.eos_ids
     gathered = mesh_lib.gathered(run.mesh)
@@ -72,7 +75,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     if updates == 1:
         _log.info("one update a rollout: policy_loss stays about 0, its gradient is what matters")
     steps = range(learner.step, learner.step if guard.stopped else total)
-    with learner.checkpoints, track(arm.name, learner.step, total) as bar:
+    with learner.stop, learner.checkpoints, track(arm.name, learner.step, total) as bar:
         for step in steps:
             clock = [time.monotonic()]
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
@@ -80,39 +83,50 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             prompts = prompt_batch(rows, mine, data.max_prompt_length, everyone)
             ids, lengths = mesh_lib.put_batch(run.mesh, (prompts.ids, prompts.lengths))
             variables = policy_variables(state.params, frozen, lora)
-            rollout = sample(variables, ids, lengths, sample_key, num_generations=G)
-            local = jax.tree.map(mesh_lib.fetch_local, rollout)
+            with phase("sampling", run.cfg):
+                rollout = sample(variables, ids, lengths, sample_key, num_generations=G)
+                local = jax.tree.map(mesh_lib.fetch_local, rollout)
             clock.append(time.monotonic())
 
             longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
             batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
             if cfg.beta > 0:  # the device computes these while the host reads the texts
-                batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+                with phase(REFERENCE, run.cfg):
+                    batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
             texts = run.base.tokenizer.decode(completion_ids(local))
             read = rollout if jax.process_count() == 1 else local
-            rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
+            with phase("scoring", run.cfg):
+                rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
+                jax.block_until_ready(rewards)
             batch = batch._replace(
                 advantages=_advantages(run, arm, rewards), beta=guard.beta(rollout.ended.shape)
             )
             clock.append(time.monotonic())
 
-            stats = []
-            for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
-                state, stat = update(state, frozen, minibatch, update_key)
-                stats.append(stat)
-            metrics = _collect(jax.device_get(stats))
+            with phase(REFERENCE, run.cfg):  # what went wrong there shows here
+                jax.block_until_ready(batch.ref_logps)
+            with phase("the update", run.cfg):
+                stats = []
+                for part, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
+                    state, stat = update(state, frozen, part, update_key)
+                    stats.append(stat)
+                stats = jax.device_get(stats)
             clock.append(time.monotonic())
 
-            done = step + 1
-            learning.check_finite(arm.name, done, metrics, everyone.tolist())
+            done, numbers = step + 1, everyone.tolist()
+            aux = {"tau": tau, **guard.aux()}
+            learning.check_finite(run, learner, arm, done, state, stats, batch, numbers, **aux)
+            metrics = _collect(stats)
             sizes, ended = local.mask.sum(-1), local.ended
             all_rewards, *all_sizes = jax.tree.map(distributed.gather, (rewards, sizes, ended))
             metrics |= within_group_stats(all_rewards) | _completion_stats(*all_sizes)
             metrics |= _times(clock, metrics["num_tokens"])
-            metrics |= {"tau": tau, "learning_rate": float(learner.schedule(step * updates))}
+            made = step * updates - learner.nonfinite.updates
+            metrics |= {"tau": tau, "learning_rate": float(learner.schedule(made))}
             guard.observe(done, metrics)
             variables = policy_variables(state.params, frozen, lora)
-            score = _measure(run, arm, learner, guard, variables, tau, done, total, metrics)
+            with phase("evaluation", run.cfg):
+                score = _measure(run, arm, learner, guard, variables, tau, done, total, metrics)
             if guard.stopped or learning.due(done, run.cfg.log.samples_every, total):
                 run.writer.samples(arm.name, done, _samples(run, prompts, texts, rewards))
             aux = {"tau": tau, **guard.aux()}
@@ -155,10 +169,14 @@ def _minibatches(cfg: GRPO, batch: TrainBatch) -> Iterator[TrainBatch]:
 
 
 def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
-    """One row of metrics from the stats of a rollout's updates, in TRL's names."""
-    columns = {name: [float(stats[name]) for stats in updates] for name in updates[0]}
+    """One row of metrics from the stats of a rollout's updates, in TRL's names.
+
+    Updates that were left out are counted, and say nothing else where others were made.
+    """
+    made = [stats for stats in updates if not stats["skipped"]] or updates
+    columns = {name: [float(stats[name]) for stats in made] for name in updates[0]}
     row = {name: float(np.mean(values)) for name, values in columns.items()}
-    row["num_tokens"] = sum(columns["num_tokens"])
+    row |= {k: sum(float(stats[k]) for stats in updates) for k in ("num_tokens", "skipped")}
     for name in ("low", "high", "region"):
         row[f"clip_ratio/{name}_mean"] = row.pop(f"clip_ratio/{name}")
     row["clip_ratio/low_min"] = min(columns["clip_ratio/low"])

@@ -6,7 +6,7 @@ numbers, and a resumed stage computes exactly what the unbroken one would have.
 
 from __future__ import annotations
 
-import math
+import signal
 import time
 from typing import Any, NamedTuple
 
@@ -17,11 +17,14 @@ from grpo_jax.config_arms import BASE
 from grpo_jax.data.batches import take
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.memory import peak_bytes
+from grpo_jax.infra.signals import Deferred, Stopped
 from grpo_jax.learn.optimizer import build_optimizer, build_schedule
 from grpo_jax.learn.step import init_state
 from grpo_jax.stages import weights
+from grpo_jax.stages.exhausted import phase
+from grpo_jax.stages.nonfinite import Nonfinite
 from grpo_jax.stages.run import OpenArm, Run
-from grpo_jax.structs import TrainState
+from grpo_jax.structs import TrainBatch, TrainState
 
 
 class Cost:
@@ -51,6 +54,8 @@ class Learner(NamedTuple):
     checkpoints: Checkpoints
     optimizer: Any
     schedule: Any  # optimizer step -> learning rate
+    nonfinite: Nonfinite
+    stop: Deferred  # entered by the loop, so that a signal waits for the end of a step
 
 
 def open_learner(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) -> Learner:
@@ -59,6 +64,11 @@ def open_learner(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) 
     Args:
       reference: whether full fine-tuning needs a frozen copy of the weights it starts from.
     """
+    with phase("loading", run.cfg, arm.method):
+        return _open(run, arm, optimizer_steps, reference)
+
+
+def _open(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) -> Learner:
     checkpoints = Checkpoints(run.workdir.checkpoints / arm.name, run.cfg.checkpoint.keep)
     optimizer = build_optimizer(arm.optimizer, optimizer_steps)
     fresh = checkpoints.latest() is None
@@ -67,20 +77,12 @@ def open_learner(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) 
     frozen = weights.frozen_copy(run, start) if keeps and start is not None else None
     step = 0
     aux: dict[str, Any] = {}
-    abstract = weights.abstract_state(run, arm)
     if fresh:
-        key = jax.random.fold_in(weights.method_key(run, arm.method), 2**31 - 1)
-
-        def init(params: dict, given: dict | None) -> TrainState:
-            trained = given or weights.fresh_trained(run, key, params)
-            return init_state(trained, optimizer)
-
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        given = weights.start_adapter(run, arm)
-        state = jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(start, given)
+        assert start is not None
+        state = first_state(run, arm, optimizer, start)
     else:
         del start
-        state, aux = checkpoints.restore(abstract)
+        state, aux = checkpoints.restore(weights.abstract_state(run, arm))
         step = int(aux["loop_step"])
     base = None
     if run.retention.live:
@@ -90,7 +92,37 @@ def open_learner(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) 
     run.workdir.rewind(arm.name, step + 1)
     run.workdir.note_arm(arm.name, cost.spent())
     schedule = build_schedule(arm.optimizer, optimizer_steps)
-    return Learner(state, frozen, base, step, aux, cost, checkpoints, optimizer, schedule)
+    nonfinite = Nonfinite(run, arm, aux)
+    return Learner(
+        state,
+        frozen,
+        base,
+        step,
+        aux,
+        cost,
+        checkpoints,
+        optimizer,
+        schedule,
+        nonfinite,
+        Deferred(),
+    )
+
+
+def first_state(run: Run, arm: OpenArm, optimizer: Any, start: dict) -> TrainState:
+    """The state before an arm's first step.
+
+    Args:
+      start: the merged weights that the arm starts from; they are donated.
+    """
+    key = jax.random.fold_in(weights.method_key(run, arm.method), 2**31 - 1)
+
+    def init(params: dict, given: dict | None) -> TrainState:
+        trained = given or weights.fresh_trained(run, key, params)
+        return init_state(trained, optimizer)
+
+    shardings = jax.tree.map(lambda x: x.sharding, weights.abstract_state(run, arm))
+    given = weights.start_adapter(run, arm)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(start, given)
 
 
 def record(
@@ -109,13 +141,38 @@ def record(
     Args:
       score: on dev, higher is better; a step that has one is always written.
       aux: numbers that a resumed loop needs beside the state.
+
+    Raises:
+      Stopped: a signal came; the state is saved.
     """
     learner.cost.tokens += metrics["num_tokens"]
     if score is not None or due(step, run.cfg.log.every, total):
         run.writer.write(arm.name, step, metrics)
     if score is not None or due(step, run.cfg.checkpoint.every, total):
-        learner.checkpoints.save(step, state, {"loop_step": step, **aux}, score)
-        run.workdir.note_arm(arm.name, learner.cost.spent())
+        _save(run, learner, arm, step, state, score, aux)
+    if number := learner.stop.noted():
+        _save(run, learner, arm, step, state, None, aux)
+        learner.checkpoints.wait()
+        raise Stopped(
+            number,
+            f"{signal.Signals(number).name}: stopped {arm.name} after step {step} of {total}, "
+            f"which is saved in {run.workdir.path}; the same command goes on from there",
+        )
+
+
+def _save(
+    run: Run,
+    learner: Learner,
+    arm: OpenArm,
+    step: int,
+    state: TrainState,
+    score: float | None,
+    aux: dict[str, Any],
+) -> None:
+    """Writes a step's checkpoint, unless it is there."""
+    facts = {"loop_step": step, **learner.nonfinite.aux(), **aux}
+    learner.checkpoints.save(step, state, facts, score)
+    run.workdir.note_arm(arm.name, learner.cost.spent())
 
 
 def gauge_due(run: Run, step: int, total: int) -> bool:
@@ -143,16 +200,33 @@ def batch_indices(
     return take(rows, batch_size, seed, step, here, processes), everyone
 
 
-def check_finite(stage: str, step: int, stats: dict[str, float], rows: list[int]) -> None:
-    """Stops the run before a non-finite update is ever saved.
+def check_finite(
+    run: Run,
+    learner: Learner,
+    arm: OpenArm,
+    step: int,
+    state: TrainState,
+    updates: list[dict[str, Any]],
+    batch: TrainBatch,
+    rows: list[int],
+    **aux: Any,
+) -> None:
+    """Says and keeps what is to be known of a step that is not finite, and may stop the run.
+
+    Args:
+      step: of the loop, from 1; state: after it.
+      updates: the stats of its updates, on the host.
+      batch: what they were made from; rows: its training rows, of all processes.
+      aux: as `record` had them for the step before.
 
     Raises:
-      FloatingPointError: naming the step, the metrics and the batch's training rows.
+      FloatingPointError: naming the step, the metrics and the batch's training rows. The state
+        that the step began with is saved, if there is one: if none of its updates was made.
     """
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(stats[name])]
-    if bad:
-        raise FloatingPointError(
-            f"{stage}, step {step}: {' and '.join(bad)} not finite, training rows {rows}; the last "
-            "checkpoint is intact. Lower the learning rate, set max_grad_norm, use float32, or "
-            "look at these rows; the same command resumes"
-        )
+    why = learner.nonfinite.judge(step, updates, batch, rows)
+    if not why:
+        return
+    if step > 1 and all(stats["skipped"] for stats in updates):
+        _save(run, learner, arm, step - 1, state, None, aux)
+        learner.checkpoints.wait()
+    raise FloatingPointError(why)

@@ -22,6 +22,7 @@ from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.files import read_json, write_json
 from grpo_jax.infra.progress import track
 from grpo_jax.rollout.sampler import build_sampler
+from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import calibrated_tau, completion_ids
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.sft import train_on
@@ -70,16 +71,18 @@ def _sample(run: Run, arm: OpenArm) -> dict[str, Any]:
         for step, (indices, count) in enumerate(in_order(len(rows), cfg.prompts_per_step)):
             prompts = prompt_batch(rows, indices, data.max_prompt_length)
             on_mesh = mesh_lib.put_same(run.mesh, (prompts.ids, prompts.lengths))
-            rollout = sample(
-                {"params": params},
-                *on_mesh,
-                jax.random.fold_in(key, step),
-                num_generations=cfg.num_generations,
-            )
-            rollout = jax.tree.map(mesh_lib.fetch, rollout)
+            with phase("sampling", run.cfg, arm.method):
+                rollout = sample(
+                    {"params": params},
+                    *on_mesh,
+                    jax.random.fold_in(key, step),
+                    num_generations=cfg.num_generations,
+                )
+                rollout = jax.tree.map(mesh_lib.fetch, rollout)
             ids = completion_ids(rollout)
             texts = run.base.tokenizer.decode(ids)
-            rewards = np.asarray(arm.scorer.score(texts, prompts.rows, tau).total)
+            with phase("scoring", run.cfg, arm.method):
+                rewards = np.asarray(arm.scorer.score(texts, prompts.rows, tau).total)
             rewards = np.where(rollout.ended, rewards, 0.0)  # an answer cut off teaches no end
             for p in range(count):
                 group = range(p * cfg.num_generations, (p + 1) * cfg.num_generations)

@@ -20,6 +20,7 @@ from grpo_jax.infra.progress import track
 from grpo_jax.learn.objectives import build_sft_loss
 from grpo_jax.learn.step import build_logps, build_update, policy_variables
 from grpo_jax.stages import learner as learning
+from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import merged
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
@@ -46,30 +47,34 @@ def train_on(run: Run, arm: OpenArm, rows: list[Example]) -> None:
     )
     logps = build_logps(run.model, 1.0)
     key = method_key(run, arm.method)
-    with learner.checkpoints, track(arm.name, learner.step, total) as bar:
+    with learner.stop, learner.checkpoints, track(arm.name, learner.step, total) as bar:
         for step in range(learner.step, total):
             began = time.monotonic()
             mine, everyone = learning.batch_indices(
                 len(rows), cfg.batch_size, arm.cfg.data.seed, step
             )
             batch = mesh_lib.put_batch(run.mesh, _batch(arm, rows, mine, everyone))
-            state, stats = update(state, frozen, batch, jax.random.fold_in(key, step))
-            metrics = {name: float(value) for name, value in stats.items()}
-            learning.check_finite(arm.name, step + 1, metrics, everyone.tolist())
+            with phase("the update", run.cfg, arm.method):
+                state, stats = update(state, frozen, batch, jax.random.fold_in(key, step))
+                metrics = {name: float(value) for name, value in stats.items()}
+            learning.check_finite(
+                run, learner, arm, step + 1, state, [metrics], batch, everyone.tolist()
+            )
             seconds = time.monotonic() - began
             metrics |= {
-                "learning_rate": float(learner.schedule(step)),
+                "learning_rate": float(learner.schedule(step - learner.nonfinite.updates)),
                 "step_time": seconds,
                 "tokens_per_second": metrics["num_tokens"] / seconds,
             }
             done, score = step + 1, None
-            if learning.gauge_due(run, done, total):
-                assert learner.base is not None
-                policy = merged(policy_variables(state.params, frozen, lora))
-                metrics |= run.retention.gauge(learner.base, policy)
-            if learning.due(done, cfg.eval_every, total):
-                score = -_dev_loss(run, arm, logps, state, frozen)
-                metrics["eval/loss"] = -score
+            with phase("evaluation", run.cfg, arm.method):
+                if learning.gauge_due(run, done, total):
+                    assert learner.base is not None
+                    policy = merged(policy_variables(state.params, frozen, lora))
+                    metrics |= run.retention.gauge(learner.base, policy)
+                if learning.due(done, cfg.eval_every, total):
+                    score = -_dev_loss(run, arm, logps, state, frozen)
+                    metrics["eval/loss"] = -score
             learning.record(run, learner, arm, done, total, state, metrics, score)
             bar.update(loss=metrics["loss"], tokens_per_second=metrics["tokens_per_second"])
     run.workdir.note_arm(arm.name, learner.cost.spent(), done=True)

@@ -1,0 +1,127 @@
+"""A long run in small: `python -m tests.faults.soak [--steps=2000]`, half of SFT, half of GRPO.
+
+Nothing may grow with the number of steps: memory (2% behind the first tenth of a stage), compiled
+programs, open files, threads. Checkpoints, dev scores, samples and metrics are written all along.
+The numbers go to standard output; status 1 says that something grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.faults.attempts import prepare
+
+GROWTH = 0.02  # of the memory after the warm-up
+WARM = 0.2  # of a stage's steps
+
+
+class Seen(NamedTuple):
+    """The process after a step."""
+
+    stage: str
+    step: int
+    megabytes: float  # resident
+    arrays: int  # that jax holds
+    compiled: int  # programs, since the start
+    files: int  # open
+    threads: int
+    seconds: float
+
+
+def watch(seen: list[Seen], every: int) -> None:
+    """Notes a `Seen` behind every so many rows of metrics."""
+    import jax
+
+    from grpo_jax.infra.writers import MetricWriter
+
+    compiled = [0]
+    began = time.monotonic()
+
+    def listen(name: str, seconds: float, **details: Any) -> None:
+        compiled[0] += name.endswith("backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    write = MetricWriter.write
+
+    def writing(self: MetricWriter, stage: str, step: int, metrics: dict[str, Any]) -> None:
+        write(self, stage, step, metrics)
+        if step % every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            tasks, files = os.listdir("/proc/self/task"), os.listdir("/proc/self/fd")
+            now = (megabytes, len(jax.live_arrays()), compiled[0], len(files), len(tasks))
+            seen.append(Seen(stage, step, *now, time.monotonic() - began))
+
+    MetricWriter.write = writing  # type: ignore[method-assign]
+
+
+def judged(seen: list[Seen]) -> list[str]:
+    """What grew, a stage at a time: the last fifth against the first behind the warm-up."""
+    problems = []
+    for stage in dict.fromkeys(s.stage for s in seen):
+        own = [s for s in seen if s.stage == stage]
+        own = own[int(WARM * len(own)) :]
+        first, last = own[: len(own) // 4], own[-(len(own) // 4) :]
+        for name in ("megabytes", "arrays", "compiled", "files", "threads"):
+            before = max(getattr(s, name) for s in first)
+            after = max(getattr(s, name) for s in last)
+            allowed = before * (1 + GROWTH) if name == "megabytes" else before
+            if after > allowed:
+                problems.append(f"{stage}: {name} grew from {before:.0f} to {after:.0f}")
+    return problems
+
+
+def table(seen: list[Seen]) -> str:
+    """A line for every twentieth of what was seen."""
+    shown = seen[:: max(1, len(seen) // 20)]
+    head = (
+        f"{'stage':<6}{'step':>6}{'MB':>9}{'arrays':>8}{'compiled':>10}{'files':>7}{'threads':>9}"
+    )
+    lines = [head + f"{'s':>8}"]
+    for s in dict.fromkeys([*shown, seen[-1]]):
+        lines.append(
+            f"{s.stage:<6}{s.step:>6}{s.megabytes:>9.1f}{s.arrays:>8}{s.compiled:>10}{s.files:>7}"
+            f"{s.threads:>9}{s.seconds:>8.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command; 1 if anything grew."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(Path(temporary))
+        from grpo_jax import main as program
+        from tests.faults import short_run
+
+        cfg = short_run.get_config()
+        cfg.stages = ("sft", "grpo")
+        half = args.steps // 2
+        cfg.sft.max_steps = cfg.grpo.max_steps = half
+        cfg.sft.epochs = cfg.grpo.epochs = 1e9
+        cfg.sft.eval_every = cfg.grpo.eval_every = max(1, half // 20)
+        cfg.checkpoint.every = max(1, half // 50)
+        cfg.log.samples_every = 10
+        seen: list[Seen] = []
+        watch(seen, max(1, half // 100))
+        before = threading.active_count()
+        program.train(cfg, str(Path(temporary) / "run"))
+        print(table(seen))
+        problems = judged(seen)
+        if threading.active_count() > before:
+            problems.append(f"threads left behind: {threading.enumerate()}")
+        print("\n".join(problems) or "nothing grew", flush=True)
+        return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
