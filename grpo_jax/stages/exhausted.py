@@ -5,7 +5,7 @@ XLA's error names a size and nothing that a user has set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,12 +27,11 @@ _REMEDIES: dict[str, dict[str, str]] = {
         "data.max_completion_length": "lower",
         "mesh.data": "more devices share the prompts",
     },
-    "the reference's log-probs": {
-        "{}.gradient_accumulation_steps": "raise, fewer prompts at one time",
-        "grpo.beta": "0 needs no reference",
-        "mesh.fsdp": "more devices share the weights",
+    "scoring": {  # meanwhile the device computes the reference's log-probs
+        "encoder.batch_size": "lower",
+        "encoder.max_length": "lower",
+        "{}.gradient_accumulation_steps": "raise, the reference sees fewer prompts at one time",
     },
-    "scoring": {"encoder.batch_size": "lower", "encoder.max_length": "lower"},
     "the update": {
         "{}.gradient_accumulation_steps": "raise, fewer prompts at one time",
         "model.remat": "True recomputes instead of keeping",
@@ -51,11 +50,11 @@ _SECTIONS = {"recover": "recover.sft", "self_sft": "self_sft.sft"}
 
 
 @contextmanager
-def phase(name: str, cfg: Config, method: str = "grpo") -> Iterator[None]:
+def phase(name: str | Callable[[], str], cfg: Config, method: str = "grpo") -> Iterator[None]:
     """Turns an exhausted memory within it into one message.
 
     Args:
-      name: of the phase, a key of the table above.
+      name: of the phase, a key of the table above, or a function that gives it when asked.
       cfg: the run's, for the values that the fields have now.
       method: of the arm that is trained.
 
@@ -69,9 +68,10 @@ def phase(name: str, cfg: Config, method: str = "grpo") -> Iterator[None]:
         exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in found
         if not exhausted or "What helps" in found:  # said by a phase within this one
             raise
+        at = name if isinstance(name, str) else name()
         words = found.splitlines()[0][:300] if found else "the host's memory is full"
         raise MemoryError(
-            f"out of memory in {name}: {words.rstrip('.')}. What helps:{_advice(name, cfg, method)}"
+            f"out of memory in {at}: {words.rstrip('.')}. What helps:{_advice(at, cfg, method)}"
         ) from error
 
 

@@ -34,7 +34,8 @@ from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
 
-REFERENCE = "the reference's log-probs"  # a phase that two places know
+# What a step does until its clock is read once more; before the first reading, the loop begins.
+PHASES = ("loading", "sampling", "scoring", "the update", "evaluation")
 SHOWN = ("reward", "kl", "tokens_per_second")  # metrics beside the progress bar
 
 _log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     variables = policy_variables(state.params, frozen, lora)
     tau = learner.aux.get("tau")
     if tau is None:
-        with phase("evaluation", run.cfg):
-            tau = calibrated_tau(run, arm, merged(variables))
+        tau = calibrated_tau(run, arm, merged(variables))
     guard = Guard(arm.cfg.grpo, learner.aux)
     eos_ids = run.base.tokenizer.eos_ids
     gathered = mesh_lib.gathered(run.mesh)
@@ -75,42 +75,41 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     if updates == 1:
         _log.info("one update a rollout: policy_loss stays about 0, its gradient is what matters")
     steps = range(learner.step, learner.step if guard.stopped else total)
-    with learner.stop, learner.checkpoints, track(arm.name, learner.step, total) as bar:
+    clock: list[float] = []
+    with (
+        phase(lambda: PHASES[len(clock)], run.cfg),
+        learner.stop,
+        learner.checkpoints,
+        track(arm.name, learner.step, total) as bar,
+    ):
         for step in steps:
-            clock = [time.monotonic()]
+            clock[:] = [time.monotonic()]
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
             mine, everyone = learning.batch_indices(len(rows), P, data.seed, step)
             prompts = prompt_batch(rows, mine, data.max_prompt_length, everyone)
             ids, lengths = mesh_lib.put_batch(run.mesh, (prompts.ids, prompts.lengths))
             variables = policy_variables(state.params, frozen, lora)
-            with phase("sampling", run.cfg):
-                rollout = sample(variables, ids, lengths, sample_key, num_generations=G)
-                local = jax.tree.map(mesh_lib.fetch_local, rollout)
+            rollout = sample(variables, ids, lengths, sample_key, num_generations=G)
+            local = jax.tree.map(mesh_lib.fetch_local, rollout)
             clock.append(time.monotonic())
 
             longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
             batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
             if cfg.beta > 0:  # the device computes these while the host reads the texts
-                with phase(REFERENCE, run.cfg):
-                    batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+                batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
             texts = run.base.tokenizer.decode(completion_ids(local))
             read = rollout if jax.process_count() == 1 else local
-            with phase("scoring", run.cfg):
-                rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
-                jax.block_until_ready(rewards)
+            rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
             batch = batch._replace(
                 advantages=_advantages(run, arm, rewards), beta=guard.beta(rollout.ended.shape)
             )
             clock.append(time.monotonic())
 
-            with phase(REFERENCE, run.cfg):  # what went wrong there shows here
-                jax.block_until_ready(batch.ref_logps)
-            with phase("the update", run.cfg):
-                stats = []
-                for part, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
-                    state, stat = update(state, frozen, part, update_key)
-                    stats.append(stat)
-                stats = jax.device_get(stats)
+            stats = []
+            for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
+                state, stat = update(state, frozen, minibatch, update_key)
+                stats.append(stat)
+            stats = jax.device_get(stats)
             clock.append(time.monotonic())
 
             done, numbers = step + 1, everyone.tolist()
@@ -125,8 +124,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             metrics |= {"tau": tau, "learning_rate": float(learner.schedule(made))}
             guard.observe(done, metrics)
             variables = policy_variables(state.params, frozen, lora)
-            with phase("evaluation", run.cfg):
-                score = _measure(run, arm, learner, guard, variables, tau, done, total, metrics)
+            score = _measure(run, arm, learner, guard, variables, tau, done, total, metrics)
             if guard.stopped or learning.due(done, run.cfg.log.samples_every, total):
                 run.writer.samples(arm.name, done, _samples(run, prompts, texts, rewards))
             aux = {"tau": tau, **guard.aux()}
