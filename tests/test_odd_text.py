@@ -10,7 +10,7 @@ import pytest
 from golden import make_hub
 
 from grpo_jax import hub
-from grpo_jax.text.measures import MAX_CHARS, encodable, is_empty, repeated_share, sanitise
+from grpo_jax.text.measures import MAX_CHARS, encodable, is_empty, is_odd, repeated_share, sanitise
 from grpo_jax.text.scripts import script_shares, units
 from grpo_jax.text.tokenizer import Tokenizer
 
@@ -53,3 +53,9 @@ def test_a_tokenizer_takes_lone_surrogates(llama_folder: Path) -> None:
     assert encodable("a\ud800\0") == "a\ufffd\0"
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
     assert tokenizer.decode([tokenizer.encode("x\0y")]) == ["x\0y"]  # NUL is a byte like any other
+
+
+def test_odd_texts_are_those_that_are_changed_before_they_are_scored() -> None:
+    assert [is_odd(text) for text in ("", "ཡིག", "a\0b", "\ud800", "x" * 10**6)] == [
+        False, False, True, True, True,
+    ]  # fmt: skip

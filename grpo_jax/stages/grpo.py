@@ -33,6 +33,7 @@ from grpo_jax.stages.guard import Guard
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
+from grpo_jax.text.measures import is_odd
 
 # What a step does until its clock is read once more; before the first reading, the loop begins.
 PHASES = ("loading", "sampling", "scoring", "the update", "evaluation")
@@ -116,9 +117,9 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             aux = {"tau": tau, **guard.aux()}
             learning.check_finite(run, learner, arm, done, state, stats, batch, numbers, **aux)
             metrics = _collect(stats)
-            sizes, ended = local.mask.sum(-1), local.ended
-            all_rewards, *all_sizes = jax.tree.map(distributed.gather, (rewards, sizes, ended))
-            metrics |= within_group_stats(all_rewards) | _completion_stats(*all_sizes)
+            written = (local.mask.sum(-1), local.ended, np.array([*map(is_odd, texts)]))
+            everyones, *facts = jax.tree.map(distributed.gather, (rewards, *written))
+            metrics |= within_group_stats(everyones) | _completion_stats(*facts)
             metrics |= _times(clock, metrics["num_tokens"])
             made = step * updates - learner.nonfinite.updates
             metrics |= {"tau": tau, "learning_rate": float(learner.schedule(made))}
@@ -184,14 +185,15 @@ def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
-def _completion_stats(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:
-    """Of all processes' completions: tokens int [P, G], and whether they ended bool [P, G]."""
+def _completion_stats(lengths: np.ndarray, ended: np.ndarray, odd: np.ndarray) -> dict[str, float]:
+    """Of all processes' completions: tokens int [P, G], ended bool [P, G], odd bool [P * G]."""
     lengths, ended = lengths.reshape(-1), ended.reshape(-1)
     out = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1.0 - ended.mean(),
+        "completions/odd_ratio": odd.mean(),
     }
     if ended.any():
         out |= {

@@ -20,6 +20,11 @@ def sanitise(text: str, most: int = MAX_CHARS) -> str:
     return _UNSAFE.sub("\ufffd", text[:most])
 
 
+def is_odd(text: str) -> bool:
+    """True for a text that `sanitise` has to change: NULs, lone surrogates, an endless one."""
+    return sanitise(text) != text
+
+
 def encodable(text: str) -> str:
     """`text` with U+FFFD for lone surrogates, which no tokenizer takes; nothing else changes."""
     return _SURROGATES.sub("\ufffd", text)
