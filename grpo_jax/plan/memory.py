@@ -17,13 +17,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, Lora
 from grpo_jax.infra.mesh import AXES, param_shardings
 from grpo_jax.learn import logps
 from grpo_jax.models import lora
@@ -258,7 +258,7 @@ def _layer_bytes(
     a = cfg.model.lora
     local = _local(c, tensor)
     setting = (a.rank, a.targets if a.rank else (), a.dropout if a.rank else 0.0)
-    return p * _per_prompt(local, cfg.model.dtype, S, G, T, *setting)
+    return p * _per_prompt(local, _Packed(cfg.model.dtype, S, G, T, *setting))
 
 
 def _local(c: DecoderConfig, tensor: int) -> DecoderConfig:
@@ -273,36 +273,27 @@ def _local(c: DecoderConfig, tensor: int) -> DecoderConfig:
     )
 
 
+class _Packed(NamedTuple):
+    """A packed row and how it is computed; hashable, for the cache."""
+
+    dtype: str
+    S: int
+    G: int
+    T: int
+    rank: int
+    targets: tuple[str, ...]
+    dropout: float
+
+
 @functools.lru_cache(maxsize=256)
-def _per_prompt(
-    c: DecoderConfig,
-    dtype: str,
-    S: int,
-    G: int,
-    T: int,
-    rank: int,
-    targets: tuple[str, ...],
-    dropout: float,
-) -> float:
+def _per_prompt(c: DecoderConfig, row: _Packed) -> float:
     """What grows with each prompt: the difference between two prompts and one."""
-    sizes = [_residuals(c, dtype, p, S, G, T, rank, targets, dropout) for p in (1, 2)]
-    return float(sizes[1] - sizes[0])
+    return float(_residuals(c, 2, row) - _residuals(c, 1, row))
 
 
-def _residuals(
-    c: DecoderConfig,
-    dtype: str,
-    P: int,
-    S: int,
-    G: int,
-    T: int,
-    rank: int,
-    targets: tuple[str, ...],
-    dropout: float,
-) -> int:
+def _residuals(c: DecoderConfig, P: int, row: _Packed) -> int:
     """Bytes of what `jax.vjp` of one layer hands to its backward pass."""
-    from grpo_jax.config import Lora
-
+    dtype, S, G, T, rank, targets, dropout = row
     groups = G if T > 1 else 0
     layer = DecoderLayer(c, jnp.dtype(dtype), dropout, groups, False)
     kind = jax.tree.map(jnp.asarray, c.layer_kinds()[0])
