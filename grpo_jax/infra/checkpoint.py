@@ -194,10 +194,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, damage: str) -> None:
         self._move_aside(step, damage)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        distributed.barrier("damaged checkpoint set aside")
         self._orbax.reload()
 
     def _move_aside(self, step: int, damage: str) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax import config
+from grpo_jax.infra import distributed
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -198,8 +199,4 @@ def fetch_local(x: jax.Array) -> np.ndarray:
 
 def global_max(value: int) -> int:
     """The largest of all processes' values."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.process_allgather(np.int32(value)).max())
+    return int(distributed.gather(np.array([value], np.int32)).max())

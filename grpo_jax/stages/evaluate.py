@@ -8,7 +8,6 @@ stand beside them: copying the source, and looking up the nearest training sourc
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -64,7 +63,7 @@ def measure_arm(run: Run, name: str) -> None:
 def results(run: Run) -> dict[str, dict[str, Any]]:
     """All measured arms and floors."""
     files = sorted(run.workdir.evaluation.glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem: found for file in files if (found := read_json(file)) is not None}
 
 
 def report(run: Run) -> str:
