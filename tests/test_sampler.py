@@ -17,6 +17,7 @@ from grpo_jax.config import Lora, Sampling
 from grpo_jax.learn.step import build_logps
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import logits as output_logits
+from grpo_jax.rollout import sampler
 from grpo_jax.rollout.draw import draw, threshold
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.structs import TrainBatch
@@ -200,6 +201,15 @@ def test_fewer_lanes_draw_the_same_completions(tiny, tiny_params, prompts, rollo
     np.testing.assert_array_equal(got.mask, rollout.mask)
     np.testing.assert_array_equal(got.ended, rollout.ended)
     np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
+
+
+def test_transposed_kernels_draw_the_same(monkeypatch, tiny, tiny_params, prompts, rollout):
+    """What a CPU does from some width on; `rollout` has the head alone transposed."""
+    monkeypatch.setattr(sampler, "WIDE", 1)
+    wide = build_sampler(tiny, Sampling(temperature=TEMPERATURE), T, EOS_IDS)
+    found = wide({"params": tiny_params}, *prompts, jax.random.key(0), num_generations=G)
+    np.testing.assert_array_equal(found.ids, rollout.ids)
+    np.testing.assert_allclose(found.logps, rollout.logps, atol=1e-5)
 
 
 def test_the_same_key_draws_the_same(sample, tiny_params, prompts, rollout):

@@ -34,11 +34,28 @@ def matmul(x: Array, kernel: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
+def matmul_few(
+    x: Array, transposed: Array, preferred_element_type: DTypeLike | None = None
+) -> jax.Array:
+    """x [..., in] times a kernel that is given as [out, in], for few rows on a CPU.
+
+    The kernel is the left factor, which a CPU's product reads as it lies; the right one it packs
+    first, and for few rows packing a kernel costs as much as using it. Without the barrier XLA
+    turns the product around again.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(
+        transposed, rows, (((1,), (1,)), ((), ())), preferred_element_type=preferred_element_type
+    )
+    return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
+
+
 class Linear(nn.Module):
     """y = x W + b, plus the low-rank path x A B where the "lora" collection has one.
 
     The frozen kernel and the adapter stay separate trees, so gradients reach only the tree that
-    the caller differentiates. The adapter comes scaled (models.lora.scaled).
+    the caller differentiates. The adapter comes scaled (models.lora.scaled). A sampler may give
+    "transposed" [out, in] in the place of "kernel" [in, out] (see `matmul_few`).
     """
 
     features: int
@@ -49,8 +66,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x, kernel.astype(self.dtype))
+        if self.has_variable("params", "transposed"):
+            y = matmul_few(x, self.get_variable("params", "transposed"))
+        else:
+            kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+            y = matmul(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)

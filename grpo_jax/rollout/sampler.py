@@ -5,7 +5,8 @@ The prompt's keys and values are kept once and shared by the group. A prompt has
 with a small cache that the loop carries and XLA updates in place; a lane whose completion has ended
 takes the prompt's next one, so that short completions do not wait for long ones. The draws belong
 to the completions, not to the lanes: W changes the time and the memory, not what is sampled.
-Layers are unrolled in the loop and their parameters sliced, cast and (LoRA) merged once before it.
+Layers are unrolled in the loop and their parameters sliced, cast and (LoRA) merged once before it,
+and on a CPU transposed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from grpo_jax.config import Sampling
 from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderLayer, Layout, all_rotations
 from grpo_jax.models.decoder import Decoder, head, scale_embedding
-from grpo_jax.models.layers import KV, RMSNorm, softcap, spread
+from grpo_jax.models.layers import KV, RMSNorm, matmul_few, softcap, spread
 from grpo_jax.rollout.draw import draw
 from grpo_jax.structs import Array, Rollout
+
+WIDE = 512  # hidden_size from which a CPU is faster with transposed kernels
 
 
 class SamplingState(NamedTuple):
@@ -74,7 +77,7 @@ def build_sampler(
         G, T = num_generations, max_new_tokens
         W = min(lanes or G, G)
         prompt_mask = jnp.arange(S) < prompt_lengths[:, None]
-        output = head(params)
+        multiply = _build_head(model, params)
         last, prefix = cast(
             tuple[Array, KV],
             model.apply({"params": params}, prompt_ids, prompt_lengths, method="prefill"),
@@ -84,10 +87,9 @@ def build_sampler(
         uniforms = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (P, G, 2)))
         draws = jnp.moveaxis(uniforms(jnp.arange(T)), 0, 2)  # [P, G, T, 2]
 
-        def append(state: SamplingState, hidden: Array) -> SamplingState:
+        def append(state: SamplingState, hidden: jax.Array) -> SamplingState:
             """Draw each lane's next token from the state [P, W, D] just before it."""
-            scores = jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
-            scores = softcap(scores, model.config.final_logit_softcapping)
+            scores = softcap(multiply(hidden), model.config.final_logit_softcapping)
             chances = jax.vmap(lambda u, *at: u[at])(draws, state.sample, state.age)
             flat = scores.reshape(P * W, -1)
             token, logp = draw(flat, chances.reshape(P * W, 2), sampling)
@@ -161,6 +163,26 @@ def _prepare(model: Decoder, variables: dict, gathered: Callable[[dict], Any] | 
     return params
 
 
+def _on_one_cpu(model: Decoder) -> bool:
+    return model.rows is None and jax.default_backend() == "cpu"
+
+
+def _build_head(model: Decoder, params: dict) -> Callable[[jax.Array], jax.Array]:
+    """hidden [..., D] -> scores float32 [..., V]."""
+    output = head(params)
+    if _on_one_cpu(model):  # a tied embedding is the transposed matrix as it lies
+        return lambda hidden: matmul_few(hidden, output.T, jnp.float32)
+    return lambda hidden: jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
+
+
+def _transposed(tree: dict) -> dict:
+    """The parameters of a layer with "transposed" for each "kernel"."""
+    out: dict[str, Any] = {
+        name: _transposed(x) if isinstance(x, dict) else x for name, x in tree.items()
+    }
+    return out | {"transposed": out.pop("kernel").T} if "kernel" in out else out
+
+
 def _build_step(
     model: Decoder, params: dict, prefix: KV, prompt_lengths: Array, prompt_mask: jax.Array
 ) -> Callable[[SamplingState], tuple[Array, list[KV]]]:
@@ -172,6 +194,8 @@ def _build_step(
     per_layer = [
         jax.tree.map(lambda x, i=i: x[i], (params["layers"], prefix)) for i in range(c.num_layers)
     ]
+    if _on_one_cpu(model) and c.hidden_size >= WIDE:
+        per_layer = [(_transposed(layer_params), kv) for layer_params, kv in per_layer]
 
     def step(state: SamplingState) -> tuple[Array, list[KV]]:
         x = spread(scale_embedding(c, params["embed_tokens"]["embedding"][state.token]), model.rows)
