@@ -40,8 +40,8 @@ from grpo_jax.structs import Array
 from grpo_jax.text.measures import MAX_CHARS, sanitise
 from grpo_jax.text.tokenizer import load_pretrained
 
-# Few lengths, so few compilations; the steps are fine where most sentences are.
-_BUCKETS = (16, *(base << k for k in range(14) for base in (32, 48)))
+# Few lengths, so few compilations, and less than a quarter of padding.
+_BUCKETS = tuple(base << k for k in range(15) for base in (16, 20, 24, 28))
 _LONG = 512  # tokens; batches of longer texts have fewer rows, for attention grows with the square
 
 
