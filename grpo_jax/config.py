@@ -142,6 +142,10 @@ class GRPO:
     epsilon: float = 0.2
     epsilon_high: Optional[float] = None  # None: epsilon
     delta: Optional[float] = None  # two-sided clipping's upper bound
+    # In bfloat16 the sampler's log-probs differ from the update's. A token then counts
+    # min(policy / sampler, cap) times (truncated importance sampling); None: once. Of rollouts
+    # that are used once: in further passes the ratio is to the sampler anyway.
+    importance_sampling_cap: Optional[float] = None
     advantage: str = "group"  # group, rloo (leave-one-out) or gdpo (each term by itself)
     scale_rewards: str = "group"  # group, batch or none
     num_iterations: int = 1  # passes over each rollout

@@ -77,6 +77,7 @@ RANGES: dict[str, str] = {
     "grpo.epsilon": "(0, 1)",
     "grpo.epsilon_high": "(0, inf)",
     "grpo.delta": "(1, inf)",
+    "grpo.importance_sampling_cap": "(0, inf)",
     "grpo.num_iterations": "[1, inf)",
     "grpo.num_minibatches": "[1, inf)",
     "grpo.gradient_accumulation_steps": "[1, inf)",

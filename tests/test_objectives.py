@@ -157,6 +157,41 @@ FLOATS = st.floats(-20, 0, width=32)
 LOGPS = hnp.arrays(np.float32, (7,), elements=FLOATS)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_sampling_corrects_a_sampler_that_drew_from_another_policy(level):
+    """Over every token of a small vocabulary, drawn as the sampler thinks likely: the policy
+    gradient is that of draws from the policy; and a cap bounds what a token counts."""
+    rng = np.random.default_rng(2)
+    scores, sampler, rewards = rng.normal(size=(3, 6))
+    drawn = jax.nn.log_softmax(sampler)
+    batch = TrainBatch(
+        prompt_ids=np.zeros((6, 1), np.int32),
+        prompt_lengths=np.ones(6, np.int32),
+        ids=np.arange(6, dtype=np.int32)[:, None, None],
+        mask=np.ones((6, 1, 1), bool),
+        advantages=rewards[:, None],
+        old_logps=drawn[:, None, None],
+    )
+
+    def gradient(cap):
+        cfg = GRPO(beta=0.0, importance_sampling_cap=cap, importance_sampling_level=level)
+        loss = build_grpo_loss(cfg, on_policy=True).fn
+
+        def expected(scores):
+            logps = jax.nn.log_softmax(scores)[:, None, None]
+            tokens = tokens_of(batch, jnp.exp(drawn)[:, None, None], jnp.ones((6, 1, 1)))
+            return loss(logps, logps * 0, tokens)[0]
+
+        return np.asarray(jax.grad(expected)(jnp.asarray(scores)))
+
+    wanted = jax.grad(lambda s: -jnp.sum(jax.nn.softmax(s) * rewards))(jnp.asarray(scores))
+    np.testing.assert_allclose(gradient(1e6), wanted, atol=1e-5)
+    assert np.abs(gradient(None) - wanted).max() > 0.05
+    bounded = np.minimum(np.exp(jax.nn.log_softmax(scores) - drawn), 0.5) * np.exp(drawn) * rewards
+    probs = np.asarray(jax.nn.softmax(jnp.asarray(scores)))
+    np.testing.assert_allclose(gradient(0.5), probs * bounded.sum() - bounded, atol=1e-5)
+
+
 @given(LOGPS, LOGPS)
 def test_k3_is_never_negative_and_zero_at_equality(logps, ref_logps):
     assert (np.asarray(kl_estimate(logps, ref_logps, "k3")) >= -1e-6).all()

@@ -118,6 +118,10 @@ def build_grpo_loss(cfg: GRPO, on_policy: bool) -> Loss:
         high = 1.0 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
         bounded = ratio if cfg.delta is None else jnp.minimum(ratio, cfg.delta)
         surrogate = jnp.minimum(bounded * advantage, jnp.clip(ratio, low, high) * advantage)
+        if on_policy and cfg.importance_sampling_cap is not None:
+            assert tokens.old_logps is not None, "correction needs the sampler's log-probs"
+            drawn = importance_ratio(old, tokens.old_logps, tokens.mask, "token")
+            surrogate = surrogate * jnp.minimum(drawn, cfg.importance_sampling_cap)
         policy_loss = -jnp.sum(surrogate * tokens.weights)
         loss = policy_loss
 
