@@ -183,7 +183,7 @@ def test_restore_onto_another_mesh(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, sharded, {})
         other = make_mesh(config.Mesh(data=1, fsdp=8, tensor=1))
-        one = make_mesh(config.Mesh(), jax.devices()[:1])
+        one = make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
         for mesh in (other, one):
             shardings = param_shardings(mesh, state)
             restored, _ = checkpoints.restore(abstract(state, shardings))
@@ -245,7 +245,7 @@ from grpo_jax.infra.workdir import Workdir
 from tests.test_checkpoint import abstract
 
 run = Workdir.open(sys.argv[1], config.Config())
-mesh = make_mesh(config.Mesh())
+mesh = make_mesh(config.Mesh(fsdp=-1))
 rank = jax.process_index()
 (ids,) = put_batch(mesh, (np.full((2, 3), rank + 1),))
 tree = {"q_proj": {"kernel": np.arange(64.0, dtype=np.float32).reshape(2, 8, 4)}}

@@ -310,14 +310,13 @@ def test_meshes_that_do_not_multiply_to_the_devices(sizes, words):
 
 
 def test_rows_and_heads_that_do_not_divide():
-    split = mesh.make_mesh(config.Mesh(2, 1, 4))
     with pytest.raises(ValueError, match=r"batch_size: got 3 rows, wanted a multiple of 2"):
-        mesh.check_rows(split, "sft.batch_size", 3)
-    mesh.check_rows(split, "sft.batch_size", 4)
-    mesh.check_heads(split, "m", 8, 4)
+        mesh.check_rows(2, "sft.batch_size", 3)
+    mesh.check_rows(2, "sft.batch_size", 4)
+    mesh.check_heads(4, "m", 8, 4)
     for heads, kv_heads in ((6, 6), (8, 2)):
         with pytest.raises(ValueError, match=f"got 4, but m has {heads} heads and {kv_heads}"):
-            mesh.check_heads(split, "m", heads, kv_heads)
+            mesh.check_heads(4, "m", heads, kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +330,9 @@ def test_rows_and_heads_that_do_not_divide():
     ],
 )
 def test_processes_hold_whole_rows(owners, tensor, words):
-    devices = np.array([SimpleNamespace(process_index=o) for o in owners]).reshape(-1, 1, tensor)
-    fake = SimpleNamespace(devices=devices, shape={"tensor": tensor})
+    grid = np.array([SimpleNamespace(process_index=o) for o in owners]).reshape(-1, 1, tensor)
     if words is None:
-        mesh._check_processes(fake, "mesh")
+        mesh._check_processes(grid, "mesh")
     else:
         with pytest.raises(ValueError, match=words):
-            mesh._check_processes(fake, "mesh")
+            mesh._check_processes(grid, "mesh")

@@ -18,7 +18,7 @@ from grpo_jax.plan.devices import DEVICES, GIB, parse
 from grpo_jax.plan.memory import Batch, Split, memory
 from grpo_jax.plan.model import read_decoder, trees
 from grpo_jax.plan.roofline import times
-from grpo_jax.plan.suggest import resolve, suggest
+from grpo_jax.plan.suggest import suggest
 
 ROOT = Path(__file__).parents[1]
 KNOWN = json.loads((Path(__file__).parent / "golden/full_size.json").read_text())
@@ -171,12 +171,7 @@ def test_decoding_reads_at_least_the_weights(tmp_path: Path) -> None:
     assert 4 < found.update_flops / (tokens * 4.02e9) < 9  # forward, remat, backward of inputs
 
 
-def test_mesh_is_resolved_or_refused() -> None:
-    assert resolve(config.Mesh(2, -1, 2), 16) == Split(2, 4, 2)
-    with pytest.raises(ValueError, match="does not fit 8 devices"):
-        resolve(config.Mesh(3, -1, 1), 8)
-    with pytest.raises(ValueError, match="does not fit"):
-        resolve(config.Mesh(-1, -1, 1), 8)
+def test_prompts_that_no_mesh_divides() -> None:
     cfg = plan_check.settings(plan_check.Case("little", LITTLE, batch=(7, 8, 16, 16)))
     with pytest.raises(ValueError, match="make it a multiple of 64"):
         suggest(cfg, LITTLE, trees(cfg, LITTLE), DEVICES["v5e"], 64, 0.0, GIB)
