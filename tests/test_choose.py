@@ -128,7 +128,7 @@ def test_memory_is_the_smallest_device_s_of_all_processes(monkeypatch: pytest.Mo
     assert device_bytes() == 9 * GIB
 
 
-def test_devices_of_a_process_are_neighbours() -> None:
+def test_processes_take_their_rows_in_order() -> None:
     """jax takes each host of a GPU cluster for a slice, and its own make_mesh refuses several."""
     made = [
         SimpleNamespace(platform="gpu", process_index=p, slice_index=p, id=4 * p + i)
@@ -137,23 +137,25 @@ def test_devices_of_a_process_are_neighbours() -> None:
     ]
     grid = mesh_lib._arranged((1, 4, 2), made)
     assert [d.id for d in grid.flat] == list(range(8))
-    assert [{d.process_index for d in row} for row in grid[0]] == [{0}, {0}, {1}, {1}]
+    pod = mesh_lib._arranged((1, 16, 1), chips(4, 2))
+    assert [d.process_index for d in pod.flat] == sorted([0, 1, 2, 3] * 4)
 
 
-def chips(side: int) -> list[SimpleNamespace]:
-    """A TPU v5e slice of side x side chips, four a process in blocks of two by two."""
+def test_chips_of_one_process_lie_by_their_torus() -> None:
+    """Eight chips, two by four: each pair along tensor is connected, and each four along fsdp."""
+    grid = mesh_lib._arranged((1, 4, 2), chips(4, 4, rows=2))
+    for pair in grid[0]:
+        assert sum(abs(a - b) for a, b in zip(*(d.coords for d in pair), strict=True)) == 1
+    assert sorted(d.id for d in grid.flat) == list(range(8))
+
+
+def chips(side: int, block: int, rows: int = 4) -> list[SimpleNamespace]:
+    """A TPU v5e slice; each block x block chips belong to one process."""
     return [
         SimpleNamespace(
-            platform="tpu", device_kind="TPU v5e", coords=(x, y, 0), core_on_chip=0, slice_index=0,
-            process_index=(y // 2) * (side // 2) + x // 2, id=y * side + x,
+            platform="tpu", device_kind="TPU v5e", coords=(x, y, 0), core_on_chip=0,
+            process_index=(y // block) * (side // block) + x // block, id=y * side + x,
         )
-        for y in range(side)
+        for y in range(rows)
         for x in range(side)
     ]  # fmt: skip
-
-
-def test_chips_of_a_torus_stay_within_their_process_along_tensor() -> None:
-    torus = mesh_lib._arranged((1, 16, 1), chips(4))
-    assert sorted(d.id for d in torus.flat) == list(range(16))
-    rows = mesh_lib._arranged((1, 4, 4), chips(4))
-    assert all(len({d.process_index for d in row}) == 1 for row in rows[0])

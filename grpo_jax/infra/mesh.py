@@ -84,23 +84,16 @@ def said(cfg: config.Mesh) -> str:
 
 
 def _arranged(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as a grid, those of one process next to each other.
+    """The devices as a grid; several processes' one process after another.
 
-    On one TPU slice by their places in its torus, unless processes would then share rows. Not by
-    `jax.make_mesh`, which refuses several slices, and takes each host of a GPU cluster for one.
+    So a global batch has its rows in the order in which processes take them (`data.batches.take`),
+    whatever the hardware. Not by `jax.make_mesh`, which orders them by a TPU's torus, refuses
+    several slices, and takes each host of a GPU cluster for one.
     """
-    order = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
-    grid = np.array(order, dtype=object).reshape(sizes)
-    if devices[0].platform != "tpu" or len({getattr(d, "slice_index", 0) for d in devices}) > 1:
-        return grid
-    torus = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return grid if any(len(row) > 1 for row in _owners(torus)) else torus
-
-
-def _owners(grid: np.ndarray) -> list[set[int]]:
-    """The processes of the devices that see the same rows."""
-    rows = grid.reshape(-1, grid.shape[-1])
-    return [{device.process_index for device in row} for row in rows]
+    if devices[0].platform == "tpu" and len({device.process_index for device in devices}) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return np.array(order, dtype=object).reshape(sizes)
 
 
 def _check_processes(grid: np.ndarray, asked: str) -> None:
@@ -110,7 +103,8 @@ def _check_processes(grid: np.ndarray, asked: str) -> None:
       ValueError: the devices along "tensor" belong to several processes, or processes have
         different numbers of devices.
     """
-    owners = _owners(grid)
+    rows = grid.reshape(-1, grid.shape[-1])
+    owners = [{device.process_index for device in row} for row in rows]
     counts = {process: 0 for row in owners for process in row}
     if any(len(row) > 1 for row in owners):
         raise ValueError(
