@@ -291,6 +291,34 @@ def test_a_failure_is_told_to_the_others_and_its_echo_is_not(victim):
         assert len(said[rank].splitlines()) == 1
 
 
+def test_the_same_failure_of_all_is_one_line_each():
+    """As a mesh that does not fit: found by every process, at about the same time."""
+    started = children('all.fail("mesh.data=3: no", "error: mesh.data=3: no")', 3)
+    said = [child.communicate(timeout=30)[1] for child in started]
+    assert [child.returncode for child in started] == [1, 1, 1]
+    for text in said:
+        assert text.startswith("error: ") and text.endswith("mesh.data=3: no\n")
+        assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_process_that_ends_for_a_signal_says_so(first):
+    started = children(
+        f"""
+        if rank == {first}:
+            all.tell("was ended by SIGTERM")
+            os._exit(143)
+        time.sleep(60)
+        """,
+        3,
+    )
+    said = [child.communicate(timeout=30)[1] for child in started]
+    assert [child.returncode for child in started] == [143 if r == first else 1 for r in range(3)]
+    for rank in {0, 1, 2} - {first}:
+        assert said[rank].startswith(f"error: process {first} of 3 (")
+        assert said[rank].endswith(") was ended by SIGTERM\n")
+
+
 # The mesh
 
 
