@@ -96,7 +96,7 @@ def measure(folder: Path, dtype: str) -> None:
     from grpo_jax import config, hub
     from grpo_jax.infra import mesh as mesh_lib
 
-    mesh = mesh_lib.make_mesh(config.Mesh())
+    mesh = mesh_lib.make_mesh(config.Mesh(fsdp=-1))
     began = time.perf_counter()
     policy = hub.open_decoder(folder, param_dtype=dtype)
     opening = time.perf_counter() - began

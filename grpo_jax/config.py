@@ -273,11 +273,11 @@ class Evaluation:
 
 @dataclass
 class Mesh:
-    """Device mesh; -1 fills in what is left."""
+    """Devices along each axis. 0: plan/choose.py decides; -1: what is left (a 0 beside it is 1)."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 0  # replicas, each with rows of its own
+    fsdp: int = 0  # devices that share a replica's weights, and split its rows too
+    tensor: int = 0  # devices that share each layer's heads, and see the same rows
 
 
 @dataclass

@@ -59,9 +59,10 @@ def _run_problems(cfg: Config) -> list[str]:
         )
     sizes = [cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor]
     for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-        if size != -1 and size < 1:
+        if size < -1:
             problems.append(
-                f"mesh.{name}: got {size}, wanted a number of devices, or -1 for the rest"
+                f"mesh.{name}: got {size}, wanted a number of devices, -1 for the rest, or 0 to "
+                "have it chosen"
             )
     if sizes.count(-1) > 1:
         problems.append(f"mesh: got -1 for {sizes.count(-1)} axes, wanted it for at most one")

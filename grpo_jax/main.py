@@ -70,9 +70,10 @@ def train(cfg: Config, workdir: str) -> None:
     with closing(opened), _naming(opened.path):
         with phase("loading", cfg):
             run = open_run(cfg, opened)
+        opened.note_mesh(run.cfg.mesh, run.mesh_reason)
         with closing(run.writer):
             if "evaluate" in cfg.stages:  # first: whatever it needs is missing now or never
-                with phase("evaluation", cfg):
+                with phase("evaluation", run.cfg):
                     measure_base(run)
             for name in run.working:
                 if opened.arm_done(name) is not None:
@@ -84,7 +85,7 @@ def train(cfg: Config, workdir: str) -> None:
                 train_by[arm.method](run, arm)
                 _log.info("%s: %.0f s", name, opened.arm_cost(name)["seconds"])
                 if "evaluate" in cfg.stages:
-                    with phase("evaluation", cfg):
+                    with phase("evaluation", run.cfg):
                         measure_arm(run, name)
                     report(run)  # so that the first arms can be looked at while others train
             for stage in [stage for stage in cfg.stages if stage in behind]:
@@ -92,7 +93,7 @@ def train(cfg: Config, workdir: str) -> None:
                     _log.info("%s: done before", stage)
                     continue
                 began = time.monotonic()
-                with phase("evaluation" if stage == "evaluate" else "loading", cfg):
+                with phase("evaluation" if stage == "evaluate" else "loading", run.cfg):
                     behind[stage](run)
                 opened.mark_done(stage)
                 _log.info("%s: %.0f s", stage, time.monotonic() - began)

@@ -40,4 +40,4 @@ fi
 
 run make_venv .venv "$extras"
 [[ -z "$gpus" ]] || run export CUDA_VISIBLE_DEVICES="$gpus"
-run "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
+run exec "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"

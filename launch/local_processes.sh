@@ -5,7 +5,8 @@
 #     --config=configs/tiny.py --workdir=runs/two [--config.FIELD=VALUE ...]
 #
 # --processes  how many; --devices  virtual devices of each; --port  of process 0 (default: free).
-# Each line is marked with its process. Where one fails all end; the same command resumes.
+# Each line is marked with its process. Where one fails all end. On Ctrl-C or SIGTERM they finish
+# their step, save and end; the same command resumes.
 # Set PYTHON to use an environment of your own instead of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,10 +40,9 @@ elif [[ -z "$port" ]]; then
 fi
 
 children=()
-# Whatever ends this script ends its processes too. KILL, because jax takes TERM for the word of a
-# preemption to come and goes on; a run loses nothing that its last checkpoint has.
+# Whatever ends this script ends its processes too.
 trap '((${#children[@]} == 0)) || kill -KILL "${children[@]}" 2>/dev/null || true' EXIT
-trap 'exit 130' INT TERM
+trap '((${#children[@]})) || exit 130; kill -TERM "${children[@]}" 2>/dev/null || true' INT TERM
 
 flags="--xla_force_host_platform_device_count=$devices ${XLA_FLAGS:-}"
 for ((rank = 0; rank < processes; rank++)); do
@@ -56,7 +56,13 @@ for ((rank = 0; rank < processes; rank++)); do
 done
 status=0
 for child in "${children[@]}"; do
-  wait "$child" || status="$?"
+  ended=0
+  wait "$child" || ended="$?"
+  while kill -0 "$child" 2>/dev/null; do # a signal has only ended the waiting
+    ended=0
+    wait "$child" || ended="$?"
+  done
+  [[ "$ended" == 0 ]] || status="$ended"
 done
 children=()
 exit "$status"

@@ -68,20 +68,22 @@ describe() {
   fi
 }
 
+# Below, errors are looked at one by one: bash's -e means nothing in a function whose status is.
+
 # remove: deletes the VM, if this script has created it.
 remove() {
   local label
-  label="$(describe 'labels.created-by')"
+  label="$(describe 'labels.created-by')" || exit 2
   [[ -n "$DRY_RUN" || "created-by=$label" == "$LABEL" ]] ||
     die "$name was not created by this script and is left alone; delete it yourself if you mean to"
-  run "${tpu[@]}" delete "$name" "${place[@]}" --quiet
+  run "${tpu[@]}" delete "$name" "${place[@]}" --quiet || die "$name could not be deleted; see above"
 }
 
-# get_ready: a VM that is there and usable, reused or created.
+# get_ready: a VM that is there and usable, reused or created; fails if none can be created.
 get_ready() {
   local state
   while true; do
-    state="$(describe state)"
+    state="$(describe state)" || exit 2
     case "$state" in
       READY) return ;;
       "")
@@ -108,15 +110,16 @@ remote() {
 
 # install: this folder and its environment on every worker, and the shared disk.
 install() {
-  local archive
-  archive="$(mktemp -d)"
-  run tar -czf "$archive/grpo_jax.tgz" --exclude='./.*' --exclude=./runs --exclude=__pycache__ .
-  run "${tpu[@]}" scp "$archive/grpo_jax.tgz" "$name:" "${place[@]}" --worker=all
+  local archive status=0
+  archive="$(mktemp -d)" || return
+  run tar -czf "$archive/grpo_jax.tgz" --exclude='./.*' --exclude=./runs --exclude=__pycache__ . &&
+    run "${tpu[@]}" scp "$archive/grpo_jax.tgz" "$name:" "${place[@]}" --worker=all || status=1
   rm -rf "$archive"
+  [[ "$status" == 0 ]] || return # or what an earlier call has left there would be run
   if [[ -n "$nfs" ]]; then
     remote all "mountpoint -q /mnt/grpo_jax || { sudo apt-get install -qy nfs-common && \
 sudo mkdir -p /mnt/grpo_jax && sudo mount -t nfs $nfs /mnt/grpo_jax && \
-sudo chmod 1777 /mnt/grpo_jax; }"
+sudo chmod 1777 /mnt/grpo_jax; }" || return
   fi
   remote all "mkdir -p grpo_jax && tar -xzf grpo_jax.tgz -C grpo_jax && cd grpo_jax && \
 source launch/venv.sh && { find_python >/dev/null 2>&1 || { sudo apt-get update -q && \
@@ -140,6 +143,12 @@ running() {
     --command="kill -0 \"\$(cat grpo_jax/run.pid)\"" >/dev/null 2>&1
 }
 
+# was_told_to_end: whether the program on worker 0 has ended for SIGTERM, as before a preemption.
+was_told_to_end() {
+  [[ "$("${tpu[@]}" ssh "$name" "${place[@]}" --worker=0 \
+    --command="cat grpo_jax/run.status" 2>/dev/null)" == 143 ]]
+}
+
 # follow: worker 0's log until its program ends; the status of the worst worker.
 follow() {
   remote 0 "cd grpo_jax && tail -n +1 -F --pid=\"\$(cat run.pid)\" run.log" || return 255
@@ -156,7 +165,12 @@ fi
 status=1
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   echo "== attempt $attempt of $attempts: $name in $zone" >&2
-  get_ready
+  if ! get_ready; then
+    ((attempt > 1)) || die "$name could not be created; see above"
+    echo "== $name could not be created anew" >&2 # there may be no capacity just behind a preemption
+    sleep "${POLL_SECONDS:-20}"
+    continue
+  fi
   if ! running; then
     if ! { install && start; }; then
       [[ "$(describe state)" == READY ]] && die "$name could not be set up; see above"
@@ -167,7 +181,7 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
     status=0
     break
   fi
-  if [[ "$(describe state)" == READY ]] && ! running; then
+  if [[ "$(describe state)" == READY ]] && ! running && ! was_told_to_end; then
     echo "error: the program has failed on $name; see the log above" >&2
     break
   fi

@@ -299,7 +299,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def placement(policy: hub.Policy, **sizes: int) -> weights.Placement:
     count = int(np.prod(list(sizes.values())))
-    mesh = mesh_lib.make_mesh(config.Mesh(**{"data": 1, "fsdp": 1} | sizes), jax.devices()[:count])
+    mesh = mesh_lib.make_mesh(
+        config.Mesh(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes), jax.devices()[:count]
+    )
     shardings = mesh_lib.param_shardings(mesh, policy.params)
     return lambda path, shape: functools.reduce(operator.getitem, path, shardings)
 

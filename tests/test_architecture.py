@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 # A room may import its own files and any room before it; BUILD.md draws the same order.
 ROOMS = (
-    "structs", "config", "config_dicts", "config_arms", "experiments", "assets", "text", "models",
-    "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages", "replay",
-    "config_values", "config_check", "flags", "plan", "main",
+    "structs", "config", "config_dicts", "config_arms", "config_values", "config_check", "flags",
+    "experiments", "assets", "text", "models", "rollout", "data", "hub", "rewards", "learn",
+    "evals", "report", "infra", "plan", "stages", "replay", "main",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

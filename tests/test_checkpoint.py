@@ -176,20 +176,21 @@ def test_state_of_another_model_is_refused(tmp_path):
         assert checkpoints.latest() == 1  # not taken for damaged
 
 
-def test_restore_onto_another_mesh(tmp_path):
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_saved_on_one_mesh_and_restored_on_every_other(tmp_path, sizes):
     state = tiny_state(5)
-    wide = make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
-    sharded = jax.device_put(jax.device_get(state), param_shardings(wide, state))
+    meshes = {s: make_mesh(config.Mesh(*s), jax.devices()[: np.prod(s)]) for s in MESHES}
+    shardings = {s: param_shardings(mesh, state) for s, mesh in meshes.items()}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, sharded, {})
-        other = make_mesh(config.Mesh(data=1, fsdp=8, tensor=1))
-        one = make_mesh(config.Mesh(), jax.devices()[:1])
-        for mesh in (other, one):
-            shardings = param_shardings(mesh, state)
-            restored, _ = checkpoints.restore(abstract(state, shardings))
+        checkpoints.save(1, jax.device_put(jax.device_get(state), shardings[sizes]), {})
+        for wanted in shardings.values():
+            restored, _ = checkpoints.restore(abstract(state, wanted))
             assert_same_bits(restored, jax.device_get(state))
             placed = jax.tree.map(lambda x: x.sharding, restored)
-            assert jax.tree.leaves(placed) == jax.tree.leaves(shardings)
+            assert jax.tree.leaves(placed) == jax.tree.leaves(wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "float16"])
@@ -245,7 +246,7 @@ from grpo_jax.infra.workdir import Workdir
 from tests.test_checkpoint import abstract
 
 run = Workdir.open(sys.argv[1], config.Config())
-mesh = make_mesh(config.Mesh())
+mesh = make_mesh(config.Mesh(fsdp=-1))
 rank = jax.process_index()
 (ids,) = put_batch(mesh, (np.full((2, 3), rank + 1),))
 tree = {"q_proj": {"kernel": np.arange(64.0, dtype=np.float32).reshape(2, 8, 4)}}

@@ -291,6 +291,34 @@ def test_a_failure_is_told_to_the_others_and_its_echo_is_not(victim):
         assert len(said[rank].splitlines()) == 1
 
 
+def test_the_same_failure_of_all_is_one_line_each():
+    """As a mesh that does not fit: found by every process, at about the same time."""
+    started = children('all.fail("mesh.data=3: no", "error: mesh.data=3: no")', 3)
+    said = [child.communicate(timeout=30)[1] for child in started]
+    assert [child.returncode for child in started] == [1, 1, 1]
+    for text in said:
+        assert text.startswith("error: ") and text.endswith("mesh.data=3: no\n")
+        assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_process_that_ends_for_a_signal_says_so(first):
+    started = children(
+        f"""
+        if rank == {first}:
+            all.tell("was ended by SIGTERM")
+            os._exit(143)
+        time.sleep(60)
+        """,
+        3,
+    )
+    said = [child.communicate(timeout=30)[1] for child in started]
+    assert [child.returncode for child in started] == [143 if r == first else 1 for r in range(3)]
+    for rank in {0, 1, 2} - {first}:
+        assert said[rank].startswith(f"error: process {first} of 3 (")
+        assert said[rank].endswith(") was ended by SIGTERM\n")
+
+
 # The mesh
 
 
@@ -310,14 +338,13 @@ def test_meshes_that_do_not_multiply_to_the_devices(sizes, words):
 
 
 def test_rows_and_heads_that_do_not_divide():
-    split = mesh.make_mesh(config.Mesh(2, 1, 4))
     with pytest.raises(ValueError, match=r"batch_size: got 3 rows, wanted a multiple of 2"):
-        mesh.check_rows(split, "sft.batch_size", 3)
-    mesh.check_rows(split, "sft.batch_size", 4)
-    mesh.check_heads(split, "m", 8, 4)
+        mesh.check_rows(2, "sft.batch_size", 3)
+    mesh.check_rows(2, "sft.batch_size", 4)
+    mesh.check_heads(4, "m", 8, 4)
     for heads, kv_heads in ((6, 6), (8, 2)):
         with pytest.raises(ValueError, match=f"got 4, but m has {heads} heads and {kv_heads}"):
-            mesh.check_heads(split, "m", heads, kv_heads)
+            mesh.check_heads(4, "m", heads, kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +358,9 @@ def test_rows_and_heads_that_do_not_divide():
     ],
 )
 def test_processes_hold_whole_rows(owners, tensor, words):
-    devices = np.array([SimpleNamespace(process_index=o) for o in owners]).reshape(-1, 1, tensor)
-    fake = SimpleNamespace(devices=devices, shape={"tensor": tensor})
+    grid = np.array([SimpleNamespace(process_index=o) for o in owners]).reshape(-1, 1, tensor)
     if words is None:
-        mesh._check_processes(fake, "mesh")
+        mesh._check_processes(grid, "mesh")
     else:
         with pytest.raises(ValueError, match=words):
-            mesh._check_processes(fake, "mesh")
+            mesh._check_processes(grid, "mesh")

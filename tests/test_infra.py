@@ -82,14 +82,20 @@ def test_progress_in_a_log_file_and_on_a_terminal():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [((1, -1, 1), (1, 8, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 1), (4, 2, 1))]
+    ("sizes", "shape"),
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 2, 1), (4, 2, 1)),
+        ((0, -1, 0), (1, 8, 1)),
+    ],
 )
 def test_mesh_sizes(sizes, shape):
     mesh = make_mesh(config.Mesh(*sizes))
     assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (16, 1, 1), (-1, -1, 1), (0, -1, 1)])
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (16, 1, 1), (-1, -1, 1), (0, 1, 8)])
 def test_mesh_sizes_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match=r"mesh\.data="):
         make_mesh(config.Mesh(*sizes))
@@ -148,4 +154,4 @@ def test_put_batch():
     with pytest.raises(ValueError, match="the batch: got 6 rows, wanted a multiple of 4"):
         put_batch(mesh, Batch(host.ids[:6], host.advantages[:6]))
     with pytest.raises(ValueError, match="grpo.prompts_per_step: got 2 rows"):
-        check_rows(mesh, "grpo.prompts_per_step", 2)
+        check_rows(4, "grpo.prompts_per_step", 2)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,44 @@ def test_preempted_tpu_is_made_anew(recorder, checkout):
     assert "attempt 2 of 20" in done.stderr
 
 
+def test_a_vm_that_cannot_be_made_anew_is_tried_again(recorder, checkout):
+    recorder.answer("tail -n", out="once:connection lost", status=255)
+    recorder.answer("create", out="once:no more capacity", status=1)
+    recorder.answer("describe", "value(state)", out="once:READY")
+    for _ in range(3):  # behind the loss, at the second attempt and at the third
+        recorder.answer("describe", "value(state)", out="once:NOT_FOUND", status=1)
+    recorder.answer("describe", "value(state)", out="READY")
+    recorder.answer("kill -0", "--worker=0", status=1)
+    done = recorder.run("tpu_vm.sh", *TPU, *PROGRAM, root=checkout)
+    assert done.returncode == 0, done.stderr
+    assert recorder.verbs().count("create") == 2 and "attempt 3 of 20" in done.stderr
+    recorder.answers.clear()
+    recorder.answer("describe", out="NOT_FOUND", status=1)
+    recorder.answer("create", out="no more capacity", status=1)
+    done = recorder.run("tpu_vm.sh", *TPU, *PROGRAM, root=checkout)
+    assert done.returncode == 2 and recorder.verbs().count("create") == 1
+    assert done.stderr.endswith("error: pod could not be created; see above\n")
+
+
+def test_a_program_that_was_told_to_end_goes_on(recorder, checkout):
+    """As before a preemption, while the VM still counts as ready: 128 + SIGTERM."""
+    recorder.answer("describe", "value(state)", out="READY")
+    recorder.answer("run.status)", out="once:", status=1)
+    recorder.answer("cat grpo_jax/run.status", out="143")
+    recorder.answer("kill -0", "--worker=0", status=1)
+    done = recorder.run("tpu_vm.sh", *TPU, *PROGRAM, root=checkout)
+    assert done.returncode == 0 and "attempt 2 of 20" in done.stderr, done.stderr
+
+
+def test_nothing_is_started_where_the_program_did_not_arrive(recorder, checkout):
+    recorder.answer("describe", "value(state)", out="READY")
+    recorder.answer("scp", status=1)
+    recorder.answer("kill -0", "--worker=0", status=1)
+    done = recorder.run("tpu_vm.sh", *TPU, *PROGRAM, root=checkout)
+    assert done.returncode == 2 and "pod could not be set up" in done.stderr
+    assert not any("setsid" in arg for call in recorder.calls() for arg in call)
+
+
 def test_failed_program_is_not_started_again(recorder, checkout):
     recorder.answer("describe", "value(state)", out="READY")
     recorder.answer("run.status)", status=1)
@@ -281,6 +320,25 @@ def test_local_processes_end_with_the_worst_status(recorder, checkout, tmp_path)
     assert done.returncode == 3
     lines = sorted(done.stdout.splitlines())
     assert lines == ["[0] 0 of 2 at localhost:4567", "[1] 1 of 2 at localhost:4567"]
+
+
+def test_local_processes_are_told_to_end_and_waited_for(recorder, checkout, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && echo 4567 && exit\n'
+        "trap 'sleep 0.5; echo saved; exit 143' TERM\n"
+        f'touch "{tmp_path}/$JAX_PROCESS_ID"\nwhile true; do sleep 0.1; done\n'
+    )
+    program.chmod(0o755)
+    command = ["bash", str(checkout / "launch" / "local_processes.sh"), *PROGRAM]
+    environ = os.environ | {"PYTHON": str(program)}
+    started = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    while not all((tmp_path / rank).exists() for rank in "01"):
+        time.sleep(0.05)
+    started.terminate()
+    said = started.communicate(timeout=30)[0]
+    assert started.returncode == 143
+    assert sorted(said.splitlines()) == ["[0] saved", "[1] saved"]
 
 
 # Kubernetes

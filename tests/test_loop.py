@@ -324,6 +324,8 @@ def test_eight_devices_compute_what_one_does(base: Path) -> None:
     with whole.machine(base, devices=8):
         main.train(cfg, str(base / "eight"))
     eight = base / "eight"
+    recorded = json.loads((eight / "config.json").read_text())["mesh"]
+    assert recorded == {"data": 2, "fsdp": 2, "tensor": 2, "reason": "as configured"}
     texts = [[row["completion"] for row in read_rows(f / "samples.jsonl")] for f in (one, eight)]
     assert texts[0] == texts[1]
     for ours, theirs in zip(*(read_rows(f / "metrics.jsonl") for f in (eight, one)), strict=True):

@@ -159,8 +159,8 @@ def test_settings_that_do_not_fit(command: Callable) -> None:
 
 def test_rows_that_do_not_divide_over_the_devices(base: Path) -> None:
     cfg = whole.short_config()
-    cfg.sft.batch_size = 12
-    with whole.machine(base, devices=8), pytest.raises(ValueError, match="sft.batch_size.* of 8"):
+    cfg.sft.batch_size = 6
+    with whole.machine(base, devices=8), pytest.raises(ValueError, match="sft.batch_size.* of 4"):
         run_lib.open_run(cfg, SimpleNamespace(arms=arms_of(cfg)))  # type: ignore[arg-type]
 
 

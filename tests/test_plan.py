@@ -18,7 +18,7 @@ from grpo_jax.plan.devices import DEVICES, GIB, parse
 from grpo_jax.plan.memory import Batch, Split, memory
 from grpo_jax.plan.model import read_decoder, trees
 from grpo_jax.plan.roofline import times
-from grpo_jax.plan.suggest import resolve, suggest
+from grpo_jax.plan.suggest import suggest
 
 ROOT = Path(__file__).parents[1]
 KNOWN = json.loads((Path(__file__).parent / "golden/full_size.json").read_text())
@@ -81,6 +81,9 @@ def test_held_is_what_the_real_state_holds() -> None:
     cfg.grpo.beta = 0.0
     without = memory(cfg, LITTLE, trees(cfg, LITTLE), Split(1, 1, 1))
     assert without.held["reference copy"] == 0 and "reference" not in without.phases
+    cfg.forgetting.every, cfg.evaluation.retention = 10, "general.txt"
+    gauged = memory(cfg, LITTLE, trees(cfg, LITTLE), Split(1, 1, 1))
+    assert gauged.peak - without.peak == size
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,9 @@ def test_seventy_billion_at_full_size(tmp_path: Path) -> None:
     assert not found["suggested"]["fits"]
     assert any("nothing fits" in note for note in found["notes"])
     found = command.plan(lora_config("meta-llama/Llama-3.1-70B"), "v5p-64", file)
-    best = found["suggested"]
+    best, chosen = found["suggested"], found["configured"]  # the mesh a run would choose
+    assert chosen["fits"] and chosen["seconds"]["step"] >= best["seconds"]["step"]
+    assert {best["mesh"]["tensor"], chosen["mesh"]["tensor"]} <= {1, 2, 4}  # a host has four chips
     gathered = best["phases"]["sampling"]["gathered weights"]
     assert best["fits"] and gathered == pytest.approx(141.1e9 / best["mesh"]["tensor"], rel=0.01)
     shared = Split(1, 64, 1).local(trees(_read(file), read_decoder("", file)).base)
@@ -143,6 +148,16 @@ def test_seventy_billion_at_full_size(tmp_path: Path) -> None:
 
 def _read(file: str) -> config.Config:
     return lora_config(file)
+
+
+def test_sums_along_tensor_stay_within_a_host() -> None:
+    cfg = plan_check.settings(plan_check.Case("little", LITTLE, batch=(64, 8, 64, 64)))
+    cfg.model.lora.rank, device = 8, DEVICES["h100-80gb"]
+    one, eight = (times(cfg, LITTLE, device, Split(data, 1, 8)) for data in (1, 8))
+    assert eight.collectives == pytest.approx(one.collectives / 8)  # fewer rows each, same links
+    across = times(cfg, LITTLE, device, Split(1, 16, 1)).collectives
+    within = times(cfg, LITTLE, device, Split(2, 8, 1)).collectives
+    assert across > 9 * within * (15 / 16) / (7 / 8) * 0.99  # 450 GB/s within a host, 50 beyond
 
 
 def test_four_billion_fit_one_large_gpu_with_lora(tmp_path: Path) -> None:
@@ -171,12 +186,7 @@ def test_decoding_reads_at_least_the_weights(tmp_path: Path) -> None:
     assert 4 < found.update_flops / (tokens * 4.02e9) < 9  # forward, remat, backward of inputs
 
 
-def test_mesh_is_resolved_or_refused() -> None:
-    assert resolve(config.Mesh(2, -1, 2), 16) == Split(2, 4, 2)
-    with pytest.raises(ValueError, match="does not fit 8 devices"):
-        resolve(config.Mesh(3, -1, 1), 8)
-    with pytest.raises(ValueError, match="does not fit"):
-        resolve(config.Mesh(-1, -1, 1), 8)
+def test_prompts_that_no_mesh_divides() -> None:
     cfg = plan_check.settings(plan_check.Case("little", LITTLE, batch=(7, 8, 16, 16)))
     with pytest.raises(ValueError, match="make it a multiple of 64"):
         suggest(cfg, LITTLE, trees(cfg, LITTLE), DEVICES["v5e"], 64, 0.0, GIB)

@@ -119,6 +119,28 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
     assert "SIGINT: left at once; the same command goes on from the last checkpoint" in error
 
 
+def test_signals_behind_a_stop_change_nothing() -> None:
+    process = child(
+        """
+        import os, sys
+        def again(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)
+        try:
+            with signals.ending():
+                with signals.Deferred() as stop:
+                    print("ready", flush=True)
+                    while not stop.noted(): time.sleep(0.01)
+                    again()
+                    raise signals.Stopped(stop.noted(), "")
+        except signals.Stopped as stop:
+            again()
+            sys.exit(stop.status)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 143 and error.splitlines()[1:] == []
+
+
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(base: Path) -> None:
     unbroken, cfg = whole.finished(base, "short"), whole.short_config()
     folder = base / "stopped"

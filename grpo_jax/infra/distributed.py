@@ -62,6 +62,8 @@ def initialize(facts: Mapping[str, Any] | None = None) -> None:
     atexit.register(_peers.leave, ENDING_SECONDS)  # before jax's own farewell, where all wait
     # Across hosts, what jax takes for CPU devices otherwise cannot communicate.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM from `signals`, which ends the program or its training.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.address,
         place.count,
@@ -99,6 +101,12 @@ def together() -> Iterator[None]:
     else:
         if _peers is not None:
             _peers.leave()
+
+
+def tell(words: str) -> None:
+    """Says to the other processes, if any, that this one ends and why; they end too."""
+    if _peers is not None:
+        _peers.tell(words)
 
 
 def is_main() -> bool:

@@ -1,4 +1,4 @@
-"""How much memory this process has needed."""
+"""How much memory there is, and how much this process has needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import resource
 import sys
 
 import jax
+import numpy as np
+
+from grpo_jax.infra import distributed
+
+
+def device_bytes() -> int:
+    """What a program may use of the smallest device of all processes.
+
+    0 where a device does not say, as on CPU.
+    """
+    limits = [(d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices()]
+    mib = np.array([min(limits) // 2**20], np.int32)  # jax has no int64 unless told to
+    return int(distributed.gather(mib).min()) * 2**20
 
 
 def peak_bytes() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,31 +49,61 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         share rows.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    fixed = math.prod(size for size in sizes if size != -1)
-    asked = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    grid = _arranged(fill_in(cfg, len(devices)), devices)
+    _check_processes(grid, said(cfg))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def fill_in(cfg: config.Mesh, devices: int) -> tuple[int, int, int]:
+    """The sizes of the three axes over so many devices, -1 filled in.
+
+    Raises:
+      ValueError: they do not multiply to that number, or some are still to be chosen.
+    """
+    data, fsdp, tensor = (
+        1 if size == 0 and -1 in (cfg.data, cfg.fsdp, cfg.tensor) else size
+        for size in (cfg.data, cfg.fsdp, cfg.tensor)
+    )
+    sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
-        raise ValueError(f"{asked}: wanted positive sizes, and -1 at most once")
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
+        raise ValueError(f"{said(cfg)}: wanted positive sizes, and -1 at most once")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
+    if math.prod(sizes) != devices:
         raise ValueError(
-            f"{asked}: the sizes do not fit the {len(devices)} devices of this run; wanted sizes "
+            f"{said(cfg)}: the sizes do not fit the {devices} devices of this run; wanted sizes "
             "whose product is that number (one of them may be -1: whatever is left)"
         )
-    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    _check_processes(mesh, asked)
-    return mesh
+    return sizes[0], sizes[1], sizes[2]
 
 
-def _check_processes(mesh: Mesh, asked: str) -> None:
+def said(cfg: config.Mesh) -> str:
+    """The sizes as the configuration has them, for messages."""
+    return f"mesh.data={cfg.data}, mesh.fsdp={cfg.fsdp}, mesh.tensor={cfg.tensor}"
+
+
+def _arranged(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as a grid; several processes' one process after another.
+
+    So a global batch has its rows in the order in which processes take them (`data.batches.take`),
+    whatever the hardware. Not by `jax.make_mesh`, which orders them by a TPU's torus, refuses
+    several slices, and takes each host of a GPU cluster for one.
+    """
+    if devices[0].platform == "tpu" and len({device.process_index for device in devices}) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return np.array(order, dtype=object).reshape(sizes)
+
+
+def _check_processes(grid: np.ndarray, asked: str) -> None:
     """Each process reads rows of its own, so its devices must hold whole rows, as many as others'.
 
     Raises:
       ValueError: the devices along "tensor" belong to several processes, or processes have
         different numbers of devices.
     """
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    rows = grid.reshape(-1, grid.shape[-1])
     owners = [{device.process_index for device in row} for row in rows]
     counts = {process: 0 for row in owners for process in row}
     if any(len(row) > 1 for row in owners):
@@ -81,7 +112,7 @@ def _check_processes(mesh: Mesh, asked: str) -> None:
             f"reads its own rows; wanted mesh.tensor to divide the devices of one process"
         )
     for (process,) in owners:
-        counts[process] += mesh.shape["tensor"]
+        counts[process] += grid.shape[-1]
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{n} in process {p}" for p, n in sorted(counts.items())[:8])
         raise ValueError(f"the processes have different numbers of devices: {shown}; wanted equal")
@@ -126,13 +157,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def check_rows(mesh: Mesh, name: str, rows: int) -> None:
+def _row_parts(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_rows(parts: int, name: str, rows: int) -> None:
     """Raises ValueError unless `rows` global rows can be split evenly over the mesh.
 
     Args:
+      parts: devices along "data" times those along "fsdp".
       name: what has that many rows, in the config's words, for the message.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise ValueError(
             f"{name}: got {rows} rows, wanted a multiple of {parts}, the devices along mesh.data * "
@@ -140,14 +175,15 @@ def check_rows(mesh: Mesh, name: str, rows: int) -> None:
         )
 
 
-def check_heads(mesh: Mesh, model: str, num_heads: int, num_kv_heads: int) -> None:
+def check_heads(tensor: int, model: str, num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError unless each device along "tensor" can hold whole attention heads.
 
     Args:
+      tensor: devices along it.
       model: its name, for the message.
       num_heads, num_kv_heads: of queries, and of keys and values.
     """
-    tensor, common = mesh.shape["tensor"], math.gcd(num_heads, num_kv_heads)
+    common = math.gcd(num_heads, num_kv_heads)
     if common % tensor:
         raise ValueError(
             f"mesh.tensor: got {tensor}, but {model} has {num_heads} heads and {num_kv_heads} "
@@ -163,7 +199,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     """
     sharding = batch_sharding(mesh)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    check_rows(mesh, "the batch", rows * jax.process_count())
+    check_rows(_row_parts(mesh), "the batch", rows * jax.process_count())
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )
@@ -171,7 +207,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 
 def put_same(mesh: Mesh, tree: Any) -> Any:
     """Places host arrays that every process holds alike: split by rows where they divide evenly."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = _row_parts(mesh)
 
     def put(x: Any) -> jax.Array:
         even = np.shape(x)[0] % parts == 0

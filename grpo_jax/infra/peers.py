@@ -69,13 +69,13 @@ class Peers:
         time.sleep(ECHO)  # the thread that reads has the say meanwhile
         with self._lock:
             print(text, file=sys.stderr)
-            words = f"{self._names[self.rank]} has failed: {message}"
-            for line in self._peers.values():
-                with contextlib.suppress(OSError):
-                    line.send({"failed": words})
-            for line in self._peers.values():
-                line.hang_up()
+            self._tell(f"{self._names[self.rank]} has failed: {message}")
             _end(None)
+
+    def tell(self, words: str) -> None:
+        """Says to the others that this process `words`, upon which they end with status 1."""
+        with self._lock:
+            self._tell(f"{self._names[self.rank]} {words}")
 
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
@@ -116,11 +116,15 @@ class Peers:
     def _stop(self, message: str) -> NoReturn:
         with self._lock:
             if self.rank == 0:
-                for line in self._peers.values():
-                    with contextlib.suppress(OSError):
-                        line.send({"failed": message})
-                    line.hang_up()
+                self._tell(message)
             _end(message)
+
+    def _tell(self, message: str) -> None:
+        for line in self._peers.values():
+            with contextlib.suppress(OSError):
+                line.send({"failed": message})
+        for line in self._peers.values():
+            line.hang_up()
 
 
 class Line:

@@ -1,5 +1,11 @@
 """SIGTERM and Ctrl-C: training finishes its step and saves; everything else ends at once.
 
+With several processes they agree at the end of each step whether any has noted a signal, so all
+stop behind the same step whoever got it and when, and write one checkpoint together. jax's own
+preemption service would cost no gather, but it hears of nothing more (in its public builds a notice
+is a SIGTERM; Cloud TPU, GKE and SLURM send one), knows no Ctrl-C, stops at a step that still lies
+ahead, and swallows every SIGTERM that comes outside of training.
+
 A thread reads the signals as they come, so that it can answer while the main thread waits for a
 device or a compiler, where a Python handler would not run for minutes.
 """
@@ -21,6 +27,7 @@ from grpo_jax.infra import distributed
 _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_stopping = threading.Event()  # the program is on its way out, for a signal
 
 
 class Stopped(Exception):
@@ -48,6 +55,8 @@ class Deferred:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is Stopped:
+            _stopping.set()
         self._handling.__exit__(None, None, None)
         if self._number and kind is None:  # it came behind the last look at `noted`
             signal.raise_signal(self._number)
@@ -56,8 +65,6 @@ class Deferred:
         """The signal that any process of the run has noted, on all of them; 0 for none.
 
         With several processes all must call it at the same moment: it is one gather of a number.
-        jax's own preemption service (`reached_preemption_sync_point`) would cost no gather, but
-        knows SIGTERM only, and no Ctrl-C.
         """
         return int(distributed.gather(np.array([self._number], np.int32)).max())
 
@@ -72,14 +79,29 @@ class Deferred:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """A context in which a signal ends the program with one line, status 128 + its number."""
-    with _handling(lambda number: _leave(number, "ended; the same command goes on from here")):
-        yield
+    """A context in which a signal ends the program with one line, status 128 + its number.
+
+    Behind a `Stopped` only Ctrl-C does: schedulers repeat themselves, and all has been saved.
+    """
+
+    def act(number: int) -> None:
+        if number == signal.SIGINT or not _stopping.is_set():
+            _leave(number, "ended; the same command goes on from here")
+
+    _stopping.clear()
+    try:
+        with _handling(act):
+            yield
+    finally:
+        if _stopping.is_set():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _leave(number: int, words: str) -> None:
     """Ends the process without unwinding: what is on disk outlives a kill at any moment."""
-    print(f"{signal.Signals(number).name}: {words}", file=sys.stderr, flush=True)
+    name = signal.Signals(number).name
+    print(f"{name}: {words}", file=sys.stderr, flush=True)
+    distributed.tell(f"was ended by {name}; start all again and the run goes on")
     os._exit(128 + number)
 
 

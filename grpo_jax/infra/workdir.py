@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.config import Arm, Config
+from grpo_jax.config import Arm, Config, Mesh
 from grpo_jax.config_arms import arm_identity, arms_of
 from grpo_jax.config_dicts import fingerprint, flatten, stage_fields, to_dict
 from grpo_jax.infra import distributed
@@ -120,6 +120,13 @@ class Workdir:
         for lock in self._locks:
             lock.release()
         self._locks.clear()
+
+    def note_mesh(self, mesh: Mesh, reason: str) -> None:
+        """Adds the mesh of this start of the run to config.json; another start may have another."""
+        if distributed.is_main():
+            with waiting(_row_lock(self.path), "writes rows"):
+                record = read_json(self.config) or {}
+                write_json(self.config, record | {"mesh": to_dict(mesh) | {"reason": reason}})
 
     # Arms
 

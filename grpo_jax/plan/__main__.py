@@ -23,11 +23,12 @@ from ml_collections import config_flags
 from grpo_jax.config import Config
 from grpo_jax.config_check import validate
 from grpo_jax.flags import check_flags
+from grpo_jax.plan.choose import Devices, choose
 from grpo_jax.plan.devices import DEVICES, GIB, Device, parse
 from grpo_jax.plan.memory import Batch
-from grpo_jax.plan.model import encoder_bytes, read_decoder, read_encoder, trees
+from grpo_jax.plan.model import encoders, read_decoder, trees
 from grpo_jax.plan.roofline import DECODE, LINKS, MATMUL
-from grpo_jax.plan.suggest import ROOM, Plan, evaluate, resolve, suggest
+from grpo_jax.plan.suggest import ROOM, Plan, evaluate, suggest
 
 
 def plan(
@@ -59,22 +60,16 @@ def plan(
     usable = memory_gib * GIB or device.memory * device.usable
     architecture = read_decoder(cfg.model.path, model_config)
     shapes = trees(cfg, architecture)
-    encoders, notes = _encoders(cfg, encoder_config)
+    encoded, notes = encoders(cfg, encoder_config)
     arguments = (architecture, shapes, device)
+    there = Devices(count, device.local(count), usable, slices=not device.is_tpu)
     configured: dict[str, Any]
     try:
-        split = resolve(cfg.mesh, count)
-        rows = cfg.grpo.prompts_per_step
-        parts = cfg.grpo.num_minibatches * cfg.grpo.gradient_accumulation_steps
-        if (rows // parts) % split.rows:
-            raise ValueError(
-                f"grpo.prompts_per_step / (num_minibatches * gradient_accumulation_steps): "
-                f"{rows // parts} prompts do not divide over {split.rows} = data * fsdp"
-            )
-        configured = _as_data(evaluate(cfg, *arguments, split, encoders, usable), usable)
+        split, _ = choose(cfg.mesh, [(cfg, "grpo")], architecture, there, encoded)
+        configured = _as_data(evaluate(cfg, *arguments, split, encoded, usable), usable)
     except ValueError as error:
         configured = {"error": str(error)}
-    best = suggest(cfg, *arguments, count, encoders, usable)
+    best = suggest(cfg, *arguments, count, encoded, usable)
     notes += _notes(device, count, best, memory_gib)
     return {
         "devices": {
@@ -99,23 +94,6 @@ def _numbers(tree: Any) -> int:
     import jax
 
     return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def _encoders(cfg: Config, file: str) -> tuple[float, list[str]]:
-    """Bytes of the encoder and the judge; a note for each that could not be read."""
-    total, notes = 0.0, []
-    judges = [("encoder.judge", path, "") for path in _paths(cfg.encoder.judge)]
-    for name, path, given in (("encoder.path", cfg.encoder.path, file), *judges):
-        try:
-            dtype = cfg.encoder.dtype if name == "encoder.path" else "float32"
-            total += encoder_bytes(read_encoder(path, given), dtype)
-        except (OSError, ValueError) as error:
-            notes.append(f"{name} is not counted: {str(error).splitlines()[0]}")
-    return total, notes
-
-
-def _paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(filter(None, (value,) if isinstance(value, str) else value))
 
 
 def _notes(device: Device, count: int, best: Plan, memory_gib: float) -> list[str]:

@@ -133,6 +133,8 @@ def memory(
         "optimizer state": _share(split, trees, "opt_state"),
         "encoder": encoders,
     }
+    if cfg.forgetting.every and cfg.evaluation.retention:  # what the live gauge compares with
+        held["base of the live gauge"] = _share(split, trees, "frozen")
     first = _share(split, trees, "base")
     phases = {
         "open": {"start weights": first, **held},

@@ -106,7 +106,24 @@ def trees(cfg: config.Config, architecture: DecoderConfig) -> Trees:
     return Trees(base, kept, state.params, state.opt_state)
 
 
-def encoder_bytes(architecture: Any, dtype: str) -> float:
+def encoders(cfg: config.Config, file: str = "") -> tuple[float, list[str]]:
+    """Bytes of the encoder and the judges; a note for each that could not be read.
+
+    Args:
+      file: a config.json that stands in for the encoder's; '': none.
+    """
+    total, notes = 0.0, []
+    judges = [("encoder.judge", path, "") for path in cfg.encoder.judge]
+    for name, path, given in (("encoder.path", cfg.encoder.path, file), *judges):
+        try:
+            dtype = cfg.encoder.dtype if name == "encoder.path" else "float32"
+            total += _encoder_bytes(read_encoder(path, given), dtype)
+        except (OSError, ValueError) as error:
+            notes.append(f"{name} is not counted: {str(error).splitlines()[0]}")
+    return total, notes
+
+
+def _encoder_bytes(architecture: Any, dtype: str) -> float:
     """Bytes of an encoder's parameters: kernels in its dtype, the rest float32."""
     model = Decoder if isinstance(architecture, DecoderConfig) else Encoder
     ids, lengths = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)

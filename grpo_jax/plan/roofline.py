@@ -56,10 +56,13 @@ def times(cfg: Config, c: DecoderConfig, device: Device, split: Split) -> Times:
     factor = 1 + (1 if cfg.model.lora.rank else 2) + cfg.model.remat
     flops = (factor * forward + (2 if cfg.model.lora.rank else 3) * head) * cfg.grpo.num_iterations
     sent = _bytes(cfg, c, batch, split, p, width)
-    rate = device.link if split.devices <= device.per_host else device.network
-    return Times(
-        sampling, reference, flops / peak, sent / (rate * LINKS), bound, flops, sent
-    )  # fmt: skip
+    # Neighbours in the mesh are neighbours in hosts: tensor first, then fsdp, then data.
+    groups = (split.tensor, split.tensor * split.fsdp, split.devices)
+    seconds = 0.0
+    for part, group in zip(sent, groups, strict=True):
+        within = group <= device.local(split.devices)
+        seconds += part / ((device.link if within else device.network) * LINKS)
+    return Times(sampling, reference, flops / peak, seconds, bound, flops, sum(sent))
 
 
 def _sampling(
@@ -96,8 +99,10 @@ def _forward_flops(c: DecoderConfig, batch: Batch) -> float:
     return c.num_layers * (2.0 * layer_parameters(c) * batch.packed + attention)
 
 
-def _bytes(cfg: Config, c: DecoderConfig, batch: Batch, split: Split, p: int, width: int) -> float:
-    """What a device sends in a step: weights along fsdp, gradients, sums along tensor."""
+def _bytes(
+    cfg: Config, c: DecoderConfig, batch: Batch, split: Split, p: int, width: int
+) -> tuple[float, float, float]:
+    """What a device sends in a step along tensor (sums), fsdp (weights, gradients) and data."""
     f, t = split.fsdp, split.tensor
     layers = float(c.num_layers * layer_parameters(c))
     numbers = layers + c.hidden_size * c.vocab_size
@@ -106,9 +111,10 @@ def _bytes(cfg: Config, c: DecoderConfig, batch: Batch, split: Split, p: int, wi
     sent = numbers * width / t * around  # brought together to sample
     sent += passes * (2 + cfg.model.remat) * layers * width / t * around
     sent += (cfg.grpo.beta > 0) * batch.micro * layers * width / t * around
+    replicas = 0.0
     if not cfg.model.lora.rank:
         sent += passes * numbers * 4 / t * around
-        sent += 2 * numbers * 4 / (f * t) * (split.data - 1) / split.data
+        replicas = 2 * numbers * 4 / (f * t) * (split.data - 1) / split.data
     summed = p * batch.packed * c.hidden_size * width * 2 * (t - 1) / t
     forwards = (2 + cfg.model.remat) * cfg.grpo.num_iterations + (cfg.grpo.beta > 0)
-    return sent + 2 * c.num_layers * summed * forwards
+    return 2 * c.num_layers * summed * forwards, sent, replicas

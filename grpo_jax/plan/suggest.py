@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from grpo_jax import config
@@ -40,28 +41,6 @@ class Plan:
         )
 
 
-def resolve(mesh: config.Mesh, devices: int) -> Split:
-    """The mesh of a configuration with its -1 filled in.
-
-    Raises:
-      ValueError: it does not multiply to the number of devices.
-    """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    fixed = 1
-    for size in sizes:
-        fixed *= size if size != -1 else 1
-    if sizes.count(-1) == 1 and fixed and devices % fixed == 0:
-        sizes[sizes.index(-1)] = devices // fixed
-    split = Split(*sizes)
-    if min(sizes) < 1 or split.devices != devices:
-        raise ValueError(
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}: does not "
-            f"fit {devices} devices; wanted sizes whose product is that number, one of them may "
-            "be -1"
-        )
-    return split
-
-
 def evaluate(
     cfg: config.Config,
     c: DecoderConfig,
@@ -95,7 +74,7 @@ def suggest(
     Prompts a step and completions a prompt stay as configured, so what is learned is the same.
     """
     best: Plan | None = None
-    for split in _splits(c, count):
+    for split in _splits(c, count, device.local(count)):
         for setting in _settings(cfg, split):
             plan = evaluate(setting, c, trees, device, split, encoders, usable)
             if best is None or _rank(plan) < _rank(best):
@@ -114,11 +93,9 @@ def _rank(plan: Plan) -> tuple[bool, float, int, float]:
     return (not plan.fits, first, plan.micro, plan.memory.peak)
 
 
-def _splits(c: DecoderConfig, count: int) -> Iterator[Split]:
-    for tensor in _divisors(count):
-        if c.num_kv_heads % tensor or c.intermediate_size % tensor or c.num_heads % tensor:
-            continue
-        for data in _divisors(count // tensor):
+def _splits(c: DecoderConfig, count: int, local: int) -> Iterator[Split]:
+    for tensor in tensors(c, local):
+        for data in divisors(count // tensor):
             yield Split(data, count // tensor // data, tensor)
 
 
@@ -127,7 +104,7 @@ def _settings(cfg: config.Config, split: Split) -> Iterator[config.Config]:
     if g.prompts_per_step % split.rows:
         return
     rows = g.prompts_per_step // g.num_minibatches
-    for micro in _divisors(rows):
+    for micro in divisors(rows):
         if (rows // micro) % split.rows:
             continue
         for remat in (False, True):
@@ -141,5 +118,12 @@ def _settings(cfg: config.Config, split: Split) -> Iterator[config.Config]:
                 yield new
 
 
-def _divisors(n: int) -> list[int]:
+def tensors(c: DecoderConfig, local: int) -> list[int]:
+    """Sizes of mesh.tensor that split whole heads and stay within a process of `local` devices."""
+    whole = math.gcd(c.num_heads, c.num_kv_heads, c.intermediate_size, local)
+    return divisors(whole)
+
+
+def divisors(n: int) -> list[int]:
+    """All of them, 1 first."""
     return [k for k in range(1, n + 1) if n % k == 0]

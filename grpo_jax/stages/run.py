@@ -18,16 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import assets, hub
-from grpo_jax.config import SFT, Config, Lora, Optimizer, Sampling
+from grpo_jax.config import SFT, Config, Lora, Mesh, Optimizer, Sampling
 from grpo_jax.config_arms import ancestors, group_settings, groups_of, settings_of
 from grpo_jax.config_dicts import to_dict
 from grpo_jax.data.corpus import Corpus, Example, load_corpus, load_test_set
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.infra.memory import device_bytes
 from grpo_jax.infra.workdir import Workdir
 from grpo_jax.infra.writers import MetricWriter
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.plan.choose import Devices, choose, said
+from grpo_jax.plan.model import encoders
 from grpo_jax.rewards.anchors import build_anchor
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
@@ -72,10 +75,11 @@ class OpenArm(Setting):
 class Run:
     """An open run. Nothing in it changes while stages run."""
 
-    cfg: Config
+    cfg: Config  # with the sizes of the mesh
     workdir: Workdir
     writer: MetricWriter
     mesh: jax.sharding.Mesh
+    mesh_reason: str  # why it is this one
     base: hub.Policy  # its params are shapes
     adapter: dict | None  # what the first training stage starts from, on the host
     model: Decoder  # the base's architecture with the run's dtype, remat and dropout
@@ -104,14 +108,12 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
     Raises:
       ValueError, FileNotFoundError: what is missing or does not fit, and the remedy.
     """
-    mesh = mesh_lib.make_mesh(cfg.mesh)
-    settings = {name: settings_of(cfg, arm) for name, arm in workdir.arms.items()}
-    for name, arm in workdir.arms.items():
-        _check_batches(settings[name], arm.method, mesh)
     base = hub.open_decoder(
         cfg.model.path, dtype=cfg.model.dtype, param_dtype=cfg.model.param_dtype
     )
-    mesh_lib.check_heads(mesh, cfg.model.path, base.config.num_heads, base.config.num_kv_heads)
+    settings = {name: settings_of(cfg, arm) for name, arm in workdir.arms.items()}
+    arms = [(settings[name], arm.method) for name, arm in workdir.arms.items()]
+    cfg, mesh, mesh_reason = _place(cfg, arms, base)
     groups = {g: group_settings(cfg, workdir.arms, g) for g in groups_of(workdir.arms)}
     for own in groups.values():
         _check_lengths(own, base.config.max_position_embeddings)
@@ -141,6 +143,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         workdir=workdir,
         writer=MetricWriter(workdir),
         mesh=mesh,
+        mesh_reason=mesh_reason,
         base=base,
         adapter=adapter,
         model=model,
@@ -262,23 +265,23 @@ def _open_adapter(cfg: Lora, base: hub.Policy) -> dict | None:
     return found.params
 
 
-def _check_batches(cfg: Config, method: str, mesh: jax.sharding.Mesh) -> None:
-    """Every array of prompts that is placed on the mesh must divide over it."""
-    sections = {
-        "sft": ("sft", cfg.sft),
-        "recover": ("recover.sft", cfg.recover.sft),
-        "self_sft": ("self_sft.sft", cfg.self_sft.sft),
-    }
-    if method in sections:
-        name, sft = sections[method]
-        name = f"{name}.batch_size / gradient_accumulation_steps"
-        mesh_lib.check_rows(mesh, name, sft.batch_size // sft.gradient_accumulation_steps)
-    if method == "self_sft":
-        mesh_lib.check_rows(mesh, "self_sft.prompts_per_step", cfg.self_sft.prompts_per_step)
-    if method == "grpo":
-        parts = cfg.grpo.num_minibatches * cfg.grpo.gradient_accumulation_steps
-        name = "grpo.prompts_per_step / (num_minibatches * gradient_accumulation_steps)"
-        mesh_lib.check_rows(mesh, name, cfg.grpo.prompts_per_step // parts)
+def _place(
+    cfg: Config, arms: list[tuple[Config, str]], base: hub.Policy
+) -> tuple[Config, jax.sharding.Mesh, str]:
+    """The configuration with the mesh's sizes, the mesh, and why it is this one."""
+    devices, usable = jax.devices(), device_bytes()
+    found = Devices(
+        len(devices),
+        len(devices) // jax.process_count(),
+        usable,
+        slices=jax.default_backend() != "tpu",
+    )
+    held = encoders(cfg)[0] if usable else 0.0
+    split, reason = choose(cfg.mesh, arms or [(cfg, "evaluate")], base.config, found, held)
+    sizes = Mesh(split.data, split.fsdp, split.tensor)
+    if len(devices) > 1:
+        _log.info("mesh: %s (%s)", said(split), reason)
+    return dataclasses.replace(cfg, mesh=sizes), mesh_lib.make_mesh(sizes, devices), reason
 
 
 def _check_lengths(cfg: Config, positions: int) -> None:
