@@ -13,6 +13,7 @@ ROOMS = (
     "structs", "config", "config_dicts", "config_arms", "experiments", "assets", "text", "models",
     "rollout", "data", "hub", "rewards", "learn", "evals", "report", "infra", "stages", "replay",
     "config_values", "config_check", "flags", "plan", "main",
+    "repro",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

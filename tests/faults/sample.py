@@ -1,12 +1,14 @@
 """A seeded sample of kills and of a full disk, for the tests: `python -m tests.faults.sample`.
 
 As `tests.faults.kills`, without evaluation, but the first attempt of the first run may not write
-files of any size, and so fails at its first checkpoint.
+files of any size, and so fails at its first checkpoint. Last, a fresh process repeats the unbroken
+run from its config.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -46,8 +48,11 @@ def main() -> int:
         case.problems += half_visible(first, harness.known)
         harness.run(args.kills)
         print(harness.table())
+        command = [sys.executable, "-m", "grpo_jax.repro", str(harness.unbroken)]
+        repeated = subprocess.run(command, capture_output=True, text=True)
+        print(repeated.stdout if not repeated.returncode else repeated.stdout + repeated.stderr)
         print(f"{case.name}: {case.problems or 'as it should be'}\n{case.message}", flush=True)
-        return 1 if harness.problems or case.problems else 0
+        return 1 if harness.problems or case.problems or repeated.returncode else 0
 
 
 if __name__ == "__main__":
