@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def test_killed_runs_end_as_the_unbroken_one_and_full_disks_are_named() -> None:
     equal = "unbroken bit for bit: 8 rows of metrics.jsonl, 16 rows of samples.jsonl, 4 checkpoints"
     assert [line for line in lines if equal in line]  # and the exported files
     assert "runs that differ from the unbroken one, or half-visible files: 0" in lines
+    assert [line for line in lines if re.fullmatch(r"secrets in \d{2,} files: none", line)]
     assert "files limited: as it should be" in lines
     assert "If the disk is full make room; the same command goes on" in lines[-1]
 

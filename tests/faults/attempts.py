@@ -168,6 +168,7 @@ def prepare(base: Path) -> None:
     """Settings and imports of the forks to come: small compilations, kept below `base`."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["GRPO_JAX_CACHE"] = str(base / "cache")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"  # also where the tests do without
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
