@@ -76,12 +76,7 @@ def surroundings(run: Path, again: Path) -> list[str]:
     """In which packages, devices and code two runs differ."""
     was, now = (read_json(folder / "config.json") or {} for folder in (run, again))
     fields = ("versions", "devices", "xla_flags", "git_revision")
-    before, after = (flatten({name: entry.get(name) for name in fields}) for entry in (was, now))
-    found = [
-        f"{name}: was {before.get(name)}, now {after.get(name)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
+    found = _unlike(*({name: entry.get(name) for name in fields} for entry in (was, now)))
     locks = [folder / REQUIREMENTS for folder in (run, again)]
     if all(lock.is_file() for lock in locks):
         found += package_changes(*(lock.read_text(encoding="utf-8") for lock in locks))
@@ -102,19 +97,20 @@ def _pairs(kind: str, was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]
     for name in dict.fromkeys([*was, *now]):
         if name not in was or name not in now:
             yield f"{kind} {name}: only in the {'repeated' if name in now else 'first'} run"
-            continue
-        before, after = (flatten({"": value}) for value in (was[name], now[name]))
-        unlike = [k for k in dict.fromkeys([*before, *after]) if before.get(k) != after.get(k)]
-        yield (
-            ""
-            if not unlike
-            else f"{kind} {name}: "
-            + "; ".join(
-                f"{k.lstrip('.')} was {shown(before.get(k))}, now {shown(after.get(k))}"
-                for k in unlike[:3]
-            )
-            + (f"; and {len(unlike) - 3} more" if len(unlike) > 3 else "")
-        )
+        else:
+            unlike = _unlike(was[name], now[name])
+            more = f"; and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+            yield f"{kind} {name}: {'; '.join(unlike[:3])}{more}" if unlike else ""
+
+
+def _unlike(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields that differ, in words."""
+    before, after = flatten(was), flatten(now)
+    return [
+        f"{field} was {shown(before.get(field))}, now {shown(after.get(field))}"
+        for field in dict.fromkeys([*before, *after])
+        if before.get(field) != after.get(field)
+    ]
 
 
 def _same_bytes(was: dict[str, Path], now: dict[str, Path]) -> Iterator[str]:
@@ -194,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = recorded(run)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    entry = read_json(run / "config.json") or {}
-    os.environ["XLA_FLAGS"] = entry.get("xla_flags", "")  # XLA has not read it yet
+    if (flags := (read_json(run / "config.json") or {}).get("xla_flags")) is not None:
+        os.environ["XLA_FLAGS"] = flags  # XLA has not read it yet
     launch(cfg, str(again))  # an interrupted repetition goes on
     if not distributed.is_main():
         return 0

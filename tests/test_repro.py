@@ -59,8 +59,8 @@ def test_other_surroundings_are_named(tmp_path: Path) -> None:
     (one / REQUIREMENTS).write_text("# Python 3.11\njax==0.10.1\nx @ git+https://h/x@1\n")
     (two / REQUIREMENTS).write_text("# Python 3.12\njax==0.10.2\nnew==1\nx @ git+https://h/x@1\n")
     assert repro.surroundings(one, two) == [
-        "devices.count: was 1, now 8",
-        "git_revision: was ab-dirty, now ab",
+        "devices.count was 1, now 8",
+        "git_revision was 'ab-dirty', now 'ab'",
         "jax: was jax==0.10.1, now jax==0.10.2",
         "new: was absent, now new==1",
         "the code had changes that are in no commit",
