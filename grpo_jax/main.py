@@ -126,6 +126,11 @@ def _compilation_cache() -> str:
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    launch(_CONFIG.value, str(_WORKDIR.value))
+
+
+def launch(cfg: Config, workdir: str) -> None:
+    """`train` as a program: a log on stderr, signals, and SystemExit with one line for an error."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every detail there
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -134,7 +139,7 @@ def _main(argv: list[str]) -> None:
     _log.propagate = False
     with signals.ending(), distributed.together():
         try:
-            train(_CONFIG.value, str(_WORKDIR.value))
+            train(cfg, workdir)
         except signals.Stopped as stop:
             if distributed.is_main():
                 print(stop, file=sys.stderr)

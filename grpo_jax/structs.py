@@ -47,6 +47,7 @@ class Rewards(NamedTuple):
     total: Array  # float32 [P, G]
     terms: dict[str, Array]  # float32 [P, G] each
     similarity: Array  # float32 [P, G], the metric itself, before its threshold
+    unread: Array  # bool [P, G], where the encoder failed on a text; all else is 0 there
 
 
 class TrainBatch(NamedTuple):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A run on the NVIDIA GPUs of this host: one process that drives all of them.
 #
-#   bash launch/gpu.sh [--gpus=0,1] [--dry-run] \
+#   bash launch/gpu.sh [--gpus=0,1] [--deterministic] [--dry-run] \
 #     --config=configs/om_en.py --workdir=runs/om_en [--config.FIELD=VALUE ...]
 #
 # --gpus  their numbers in nvidia-smi (default: all). Makes .venv with jax for the driver's CUDA.
+# --deterministic  kernels that give equal runs equal bits, as a CPU's do; slower.
 # An interrupted run goes on where it stopped when started again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,10 +14,11 @@ source launch/common.sh
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
 
-gpus="" program=()
+gpus="" deterministic="" program=()
 for argument in "$@"; do
   case "$argument" in
     --gpus=*) gpus="${argument#*=}" && matches gpus "$gpus" '[0-9]+(,[0-9]+)*' "numbers, as in 0,1" ;;
+    --deterministic) deterministic="--xla_gpu_deterministic_ops=true" ;;
     --dry-run) DRY_RUN=1 ;;
     -h | --help) usage "$0" && exit ;;
     *) program+=("$argument") ;;
@@ -40,4 +42,9 @@ fi
 
 run make_venv .venv "$extras"
 [[ -z "$gpus" ]] || run export CUDA_VISIBLE_DEVICES="$gpus"
+<<<<<<< HEAD
 run exec "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
+=======
+[[ -z "$deterministic" ]] || run export XLA_FLAGS="$deterministic ${XLA_FLAGS:-}"
+run "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
+>>>>>>> faults

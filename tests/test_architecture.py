@@ -13,6 +13,7 @@ ROOMS = (
     "structs", "config", "config_dicts", "config_arms", "config_values", "config_check", "flags",
     "experiments", "assets", "text", "models", "rollout", "data", "hub", "rewards", "learn",
     "evals", "report", "infra", "plan", "stages", "replay", "main",
+    "repro",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

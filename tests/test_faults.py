@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,10 @@ def test_killed_runs_end_as_the_unbroken_one_and_full_disks_are_named() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "together           3" in lines
+    equal = "unbroken bit for bit: 8 rows of metrics.jsonl, 16 rows of samples.jsonl, 4 checkpoints"
+    assert [line for line in lines if equal in line]  # and the exported files
     assert "runs that differ from the unbroken one, or half-visible files: 0" in lines
+    assert [line for line in lines if re.fullmatch(r"secrets in \d{2,} files: none", line)]
     assert "files limited: as it should be" in lines
     assert "If the disk is full make room; the same command goes on" in lines[-1]
 
@@ -55,15 +59,20 @@ def left(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("metrics.jsonl", '{"stage": "sft", "step": 1, "loss": 2.5}\n', "metrics.jsonl"),
-        ("samples.jsonl", "", "samples.jsonl"),
-        ("evaluation/sft.json", '{"arm": "sft", "bleu": 2.0}', "evaluation/sft.json"),
-        ("evaluation/base.json", "{}", "evaluation/base.json is missing in one"),
-        ("export/sft/model.safetensors", "weighty", "export/sft/model.safetensors"),
+        ("metrics.jsonl", '{"stage": "sft", "step": 1, "loss": 2.5}\n',
+         "metrics.jsonl sft step 1: loss was 2.0, now 2.5"),
+        ("samples.jsonl", "", "samples.jsonl sft step 1: only in the first run"),
+        ("evaluation/sft.json", '{"arm": "sft", "bleu": 2.0}',
+         "evaluation sft: bleu was 1.0, now 2.0"),
+        ("evaluation/base.json", "{}", "evaluation base: only in the repeated run"),
+        ("export/sft/model.safetensors", "weighty",
+         "export/sft/model.safetensors: differs from byte 6 on"),
         ("report.html", "<html>", "report.html is not whole"),
-        ("checkpoints/sft/2/_CHECKPOINT_METADATA", '{"custom_metadata": 1}', "checkpoint sft/2"),
+        ("checkpoints/sft/2/_CHECKPOINT_METADATA",
+         '{"custom_metadata": {"aux": {}, "leaves": {"step": ["int32", [], 3]}}}',
+         "checkpoint sft/2: leaves.step was ['int32', [], 2], now ['int32', [], 3]"),
     ],
-)
+)  # fmt: skip
 def test_the_harness_sees_what_differs(
     left: tuple[Path, Path], file: str, text: str, said: str
 ) -> None:

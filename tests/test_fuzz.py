@@ -17,7 +17,7 @@ INPUTS = {"tokenizer": 80, "sentencepiece": 80, "gguf": 80, "adapter": 100, "che
 @pytest.mark.parametrize(
     "reader",
     ["jsonl", "csv", "tsv", "parquet", "decoder-config", "encoder-config", "modules", "tokenizer",
-     "sentencepiece", "safetensors", "gguf", "adapter", "tasks", "checkpoint"],
+     "sentencepiece", "safetensors", "shard-index", "gguf", "adapter", "tasks", "checkpoint"],
 )  # fmt: skip
 def test_damaged_files_are_refused_in_words(reader: str) -> None:
     inputs = INPUTS.get(reader, 200)

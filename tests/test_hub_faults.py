@@ -132,6 +132,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ("gemma3", {"text_config": {"final_logit_softcapping": 30.0}}, "30.0, only None is"),
         ("gemma3", {"audio_config": {"a": 1}}, "audio_config: .* is not a field we know"),
         ("phi3", {"rope_scaling": {**YARN, "type": "yarn"}}, "rope type yarn is not implemented"),
+        ("longrope", {"original_max_position_embeddings": 1.5,
+                      "rope_parameters": {"rope_type": "longrope"}}, "got 1, wanted at least 2"),
         ("longrope", {"partial_rotary_factor": 0.25}, "wanted an even number of them"),
         ("longrope", {"rope_scaling": {"type": "su", "short_factor": [1, 2, 3],
                                        "long_factor": [1]}}, "long_factor must be 3 positive"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import yaml
 
 from grpo_jax.infra import place as place_lib
+from grpo_jax.infra.provenance import requirements
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ("--config=configs/tiny.py", "--workdir=/shared/it's here")
@@ -125,6 +128,9 @@ def test_scripts_pass_shellcheck():
         ("gpu.sh", PROGRAM[1:], "--config=FILE is missing"),
         ("local_processes.sh", ("--processes=0", *PROGRAM), "--processes: got '0'"),
         ("local_processes.sh", ("--devices=x", *PROGRAM), "--devices: got 'x'"),
+        ("repro.sh", (), "wanted RUN"),
+        ("repro.sh", ("--dry", "runs/x"), "unknown argument '--dry'"),
+        ("repro.sh", ("/nowhere",), "no run in /nowhere (no config.json)"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_called(recorder, script, args, words):
@@ -302,7 +308,8 @@ def test_gpu_checks_the_driver_and_the_numbers(recorder, checkout):
     assert done.returncode == 2 and "there is no GPU 2 here, only 0, 1" in done.stderr
     (checkout / ".venv/bin/python").unlink()
     (checkout / ".venv/bin/python").symlink_to(recorder.folder / "srun")  # records too
-    done = recorder.run("gpu.sh", "--gpus=1", *PROGRAM, root=checkout)
+    done = recorder.run("gpu.sh", "--gpus=1", "--deterministic", *PROGRAM, root=checkout)
+    assert "+ export XLA_FLAGS=--xla_gpu_deterministic_ops=true" in done.stderr
     assert done.returncode == 0 and "venv .venv cuda12" in done.stderr
     assert recorder.calls()[-1][1:] == ["-m", "grpo_jax.main", *PROGRAM]
 
@@ -360,3 +367,31 @@ def test_jobset_says_what_a_process_must_know():
     assert (ROOT / config.removeprefix("--config=")).exists()
     (mount,) = container["volumeMounts"]
     assert workdir.startswith(f"--workdir={mount['mountPath']}/")
+
+
+def test_repro_makes_the_environment_of_the_lock_where_it_is_another(recorder, checkout, tmp_path):
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.json").write_text('{\n  "git_revision": "abc"\n}\n')
+    done = recorder.run("repro.sh", str(run), root=checkout)
+    assert done.returncode == 2 and "has no requirements.lock" in done.stderr
+    own = checkout / ".venv/bin/python"
+    own.unlink()  # a link would not find the packages
+    own.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
+    own.chmod(0o755)
+    (run / "requirements.lock").write_text(requirements())
+    done = recorder.run("repro.sh", str(run), "--dry-run", root=checkout)
+    assert "note: the code was abc, and is" in done.stderr
+    assert "-m grpo_jax.repro" in done.stderr and "-m venv" not in done.stderr
+    (run / "requirements.lock").write_text("# Python 3.11.7; Linux\njax==0.0.1\n")
+    done = recorder.run("repro.sh", str(run), str(tmp_path / "b"), "--dry-run", root=checkout)
+    made = re.findall(r"-m venv --clear (\.venv-lock-[0-9a-f]{12})\n", done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(made) == 1 and done.returncode == 0
+    assert f"{made[0]}/bin/python -m pip install --quiet --requirement" in lines[-3]
+    assert "--no-deps --editable ." in lines[-2]
+    quoted = f"{tmp_path}/a\\ run {tmp_path}/b"
+    assert lines[-1].endswith(f"{made[0]}/bin/python -m grpo_jax.repro {quoted}")
+    recorder.environ["PYTHON"] = sys.executable  # the user's own is taken as it is
+    done = recorder.run("repro.sh", str(run), "--dry-run", root=checkout)
+    assert "-m venv" not in done.stderr and f"{sys.executable} -m grpo_jax.repro" in done.stderr

@@ -79,7 +79,7 @@ def test_metrics_have_the_names_that_users_know(base: Path) -> None:
         learning_rate num_tokens completions/mean_length completions/min_length
         completions/max_length completions/mean_terminated_length
         completions/min_terminated_length completions/max_terminated_length
-        completions/clipped_ratio completions/odd_ratio
+        completions/clipped_ratio completions/odd_ratio completions/unread_ratio
         clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean
         clip_ratio/high_max clip_ratio/region_mean sampling/sampling_logp_difference/mean
         sampling/sampling_logp_difference/max

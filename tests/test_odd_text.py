@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from golden import make_hub
 
 from grpo_jax import hub
+from grpo_jax.rewards.embedding import embed
 from grpo_jax.text.measures import MAX_CHARS, encodable, is_empty, is_odd, repeated_share, sanitise
 from grpo_jax.text.scripts import script_shares, units
 from grpo_jax.text.tokenizer import Tokenizer
@@ -34,6 +36,25 @@ def test_an_encoder_takes_any_text(encoder: hub.SentenceEncoder, name: str) -> N
     vectors = encoder.embed([ODD[name], "the cat"])
     assert vectors.shape == (2, encoder.dim) and np.isfinite(vectors).all()
     np.testing.assert_allclose(vectors[1], encoder.embed(["the cat"])[0], atol=1e-6)
+
+
+def test_a_text_that_an_encoders_tokenizer_refuses_has_no_vector(
+    encoder: hub.SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = type(encoder.tokenizer).__call__
+
+    def reads(self: Any, texts: list[str], **options: Any) -> Any:
+        if "dog" in texts:
+            raise Exception("Missing [UNK] token from the vocabulary")  # as the Rust library does
+        return read(self, texts, **options)
+
+    wanted = encoder.embed(["the cat", "a cat"])
+    monkeypatch.setattr(type(encoder.tokenizer), "__call__", reads)
+    with pytest.raises(ValueError, match="the tokenizer cannot encode: Missing"):
+        encoder.embed(["dog"])
+    vectors = embed(encoder, ["the cat", "dog", "a cat", "dog"])
+    np.testing.assert_allclose(vectors[[0, 2]], wanted, atol=1e-6)
+    assert not vectors[[1, 3]].any()
 
 
 @pytest.mark.parametrize("name", ODD)

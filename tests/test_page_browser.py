@@ -12,8 +12,10 @@ from pathlib import Path
 
 import browser
 import pytest
+import whole
 from report_runs import ARMS, tree
 
+from grpo_jax import main
 from grpo_jax.evals import report
 
 if browser.find() is None:
@@ -286,3 +288,64 @@ def test_five_hundred_samples_of_twelve_arms_are_quick(
     assert took < 1000  # 5 ms where nothing else runs
     assert chromium.run("document.querySelector('#count').textContent") == "11 of 11"
     assert chromium.errors == []
+
+
+# What a training sentence may try: each would set `hacked` in the page if it ran.
+INJECTIONS = (
+    "<script>hacked = 1</script>",
+    "</script><script>hacked = 1</script><!--",
+    "<img src=x onerror='hacked = 1'>",
+    '"><svg/onload="hacked = 1">',
+    "' onmouseover='hacked = 1' autofocus onfocus='hacked = 1",
+    "a\u2028hacked = 1\u2029//",
+    "{{constructor.constructor('hacked = 1')()}} ${hacked = 1} {{title}}",
+    "<iframe srcdoc='<script>parent.hacked = 1</script>'></iframe>",
+    "</textarea></style></title><style>@import 'x'</style>",
+    "<a href='javascript:hacked = 1'>x</a><base href='//x'>",
+    "\\u003cscript\\u003ehacked = 1 &lt;b&gt; &#60;b&#62;",
+)
+
+
+def test_nothing_that_a_run_reads_or_writes_is_run(
+    chromium: browser.Browser, tmp_path: Path
+) -> None:
+    """From the data file through GRPO, its samples and the evaluation to the page."""
+    rows = [(f"{text} q{i}", f"{text} a{i}") for i in range(4) for text in INJECTIONS]
+    lines = [json.dumps({"source": source, "target": target}) for source, target in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    cfg = whole.short_config()
+    cfg.stages = ("grpo", "evaluate")
+    cfg.data.train, cfg.data.group_field = str(tmp_path / "pairs.jsonl"), ""
+    cfg.data.prompt = "<script>hacked = 1</script>{source}"
+    cfg.data.max_prompt_length, cfg.data.max_completion_length = 128, 80  # bytes
+    cfg.data.test_fraction = 0.4
+    cfg.grpo.prompts_per_step, cfg.grpo.num_generations, cfg.grpo.max_steps = 4, 2, 1
+    cfg.reward.tau, cfg.grpo.beta, cfg.evaluation.retention = 0.1, 0.0, ""
+    with whole.machine(tmp_path):
+        main.train(cfg, str(tmp_path / "run"))
+    page = tmp_path / "run" / "report.html"
+    chromium.open(page)
+    for event in ("mouseover", "focus", "click", "load", "error"):
+        chromium.run(
+            f"document.querySelectorAll('*').forEach(e => e.dispatchEvent(new Event('{event}')))"
+        )
+    assert chromium.run("typeof hacked") == "undefined"
+    assert chromium.errors == [] and chromium.requests == [page.as_uri()]
+    assert chromium.run("document.querySelectorAll('script').length") == 1
+    bad = "[...document.querySelectorAll('body *')].filter(e => ['IFRAME', 'IMG', 'BASE', 'STYLE']"
+    handlers = (
+        "[...e.attributes].some(a => a.name.startsWith('on') || /^javascript:/.test(a.value))"
+    )
+    assert chromium.run(f"{bad}.includes(e.tagName) || {handlers}).length") == 0
+    shown = chromium.run("document.querySelector('main, body').textContent")
+    samples = json.loads((page.parent / "report.json").read_text())["samples"]
+    assert len(samples) >= 12
+    known = {source: target for source, target in rows}
+    for row in samples:  # held-out rows as sources, references, and answers of the floors
+        assert known[row["source"]] == row["reference"]
+        assert row["source"] in shown and row["reference"] in shown
+        assert row["answers"]["copy"]["completion"] == row["source"]
+    tried = {text for text in INJECTIONS for row in samples if row["source"].startswith(text)}
+    assert len(tried) >= 6
+    trained = [json.loads(line) for line in (page.parent / "samples.jsonl").open()]
+    assert trained and all(row["reference"] in known.values() for row in trained)

@@ -203,14 +203,24 @@ class TokenEncoder(WordEncoder):
         return np.array([text.lower() == bytes(row[:n].tolist()).decode() for text, row, n in rows])
 
 
+def rollout_of(texts: list[str], ended: np.ndarray) -> Rollout:
+    """P * G texts as bytes, with an end-of-sequence where they ended: bool [P, G]."""
+    rows = [
+        [*text.encode(), *([258] if done else [])]
+        for text, done in zip(texts, ended.flat, strict=True)
+    ]
+    ids = np.zeros((len(texts), max(map(len, rows))), np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    shape = (*ended.shape, -1)
+    zeros = np.zeros(ids.shape, np.float32)
+    return Rollout(ids.reshape(shape), mask.reshape(shape), zeros.reshape(shape), ended)
+
+
 def test_token_ids_score_as_their_texts_do() -> None:
     texts = ["a red fox", "A Red Fox", "", "a red fox and more"]  # the last one was cut off
-    ids, mask = np.zeros((2, 2, 20), np.int32), np.zeros((2, 2, 20), bool)
-    ended = np.array([[True, True], [True, False]])
-    for i, text in enumerate(texts):
-        row = [*text.encode(), *([258] if ended.flat[i] else [])]
-        ids.reshape(4, -1)[i, : len(row)], mask.reshape(4, -1)[i, : len(row)] = row, True
-    rollout = Rollout(ids, mask, np.zeros(ids.shape, np.float32), ended)
+    rollout = rollout_of(texts, np.array([[True, True], [True, False]]))
     one = Scorer(TokenEncoder(), english, config.Reward())
     batch = prompts("a red fox", "a blue whale")
     wanted = one.score(texts, batch, tau=0.1)
@@ -220,6 +230,50 @@ def test_token_ids_score_as_their_texts_do() -> None:
     assert one.encoder.seen == ["A Red Fox"]  # the only one that went through text
     assert one.reads_tokens(Path("mine")) and not one.reads_tokens(Path("other"))
     assert not scorer().reads_tokens(Path("mine"))
+
+
+class FailingEncoder(TokenEncoder):
+    """Raises for a batch with a text that holds "\u2e31", as an encoder does and a tokenizer."""
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        if any("\u2e31" in text for text in texts):
+            raise KeyError("\u2e31")
+        return super().embed(texts) + 1.0
+
+    def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self.embed(texts)
+        return super().same_tokens(texts, ids, lengths)
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_a_text_on_which_the_encoder_fails_scores_0_and_is_counted(
+    as_tokens: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Scorer(FailingEncoder(), english, config.Reward(**SHAPED))  # type: ignore[arg-type]
+    texts = [TEXT, "the \u2e31", TEXT, ""]
+    rollout = rollout_of(texts, np.ones((1, 4), bool)) if as_tokens else None
+    rewards = one.score(texts, prompts(TEXT), 0.0, rollout)
+    np.testing.assert_array_equal(rewards.unread, [[False, True, False, False]])
+    for values in (rewards.total, rewards.similarity, *rewards.terms.values()):
+        assert values[0, 1] == 0
+    assert rewards.total[0, 0] > 2
+    whole = one.score([TEXT, TEXT], prompts(TEXT), 0.0)
+    np.testing.assert_array_equal(rewards.total[0, [0, 2]], whole.total[0])
+    assert caplog.text.count("the encoder fails on 'the \u2e31', which scores 0 (KeyError") == 1
+    np.testing.assert_array_equal(
+        one.similarity([TEXT, "\u2e31"], [TEXT, TEXT]) > 0.9, [True, False]
+    )
+    row = prompts("\u2e31 in a reference")
+    assert one.score([TEXT, "a"], row, 0.0).unread.all()
+
+
+def test_an_encoder_that_fails_on_everything_ends_the_run() -> None:
+    class Broken(WordEncoder):
+        def embed(self, texts: list[str]) -> np.ndarray:
+            raise ValueError("no weights")
+
+    with pytest.raises(ValueError, match="no weights"):
+        Scorer(Broken(), english, config.Reward()).score([TEXT], prompts(TEXT), 0.0)  # type: ignore[arg-type]
 
 
 def test_anchor_source_needs_no_target() -> None:
@@ -455,12 +509,12 @@ def test_tau_is_a_clipped_quantile() -> None:
 
 def test_within_group_stats_use_the_spread_inside_groups() -> None:
     total = np.float32([[1, 1], [2, 4]])
-    stats = within_group_stats(Rewards(total, {"semantic": total / 2}, total))
+    stats = within_group_stats(Rewards(total, {"semantic": total / 2}, total, total < 0))
     assert stats["reward"] == 2 and stats["similarity"] == 2
     assert stats["frac_reward_zero_std"] == 0.5
     assert stats["reward_std"] == pytest.approx(np.sqrt(2) / 2)
     assert stats["rewards/semantic/mean"] == 1
     assert stats["rewards/semantic/std"] == pytest.approx(np.sqrt(2) / 4)
     assert all(isinstance(value, float) for value in stats.values())
-    alone = within_group_stats(Rewards(total[:, :1], {}, total[:, :1]))
+    alone = within_group_stats(Rewards(total[:, :1], {}, total[:, :1], total[:, :1] < 0))
     assert alone["reward_std"] == 0 and alone["frac_reward_zero_std"] == 1

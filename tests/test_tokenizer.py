@@ -74,6 +74,23 @@ def test_no_end_of_sequence_is_an_error(llama_folder: Path) -> None:
         Tokenizer.load(llama_folder)
 
 
+def test_texts_that_the_tokenizer_has_no_ids_for_are_an_error(llama_folder: Path) -> None:
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0, "<|end|>": 1},
+             "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}  # fmt: skip
+    edit_json(
+        llama_folder / "tokenizer.json", model=model, added_tokens=[], pre_tokenizer=None,
+        decoder=None, post_processor=None,
+    )  # fmt: skip
+    (llama_folder / "generation_config.json").unlink()
+    tokenizer = Tokenizer.load(llama_folder)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(ValueError, match=r"cannot encode 'b': .*Missing \[UNK\] token"):
+        tokenizer.encode("b")
+    edit_json(llama_folder / "tokenizer_config.json", model_max_length="~")
+    with pytest.raises(ValueError, match="model_max_length is '~', wanted a number"):
+        Tokenizer.load(llama_folder)
+
+
 # sentencepiece models as the families have them; XLM-R's ids are sentencepiece's plus one.
 SPACES = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
 BYTES = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,12 @@ TEXT_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".csv")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+_TOO_LONG = f"a row of more than {MAX_LINE} characters"
 
-_TOO_LONG = f"a line of more than {MAX_LINE} characters"
+# What a parquet file may unpack to. Text packs to a tenth of its size, hardly ever to a hundredth.
+_PACKED = 100
+_ROWS = 1 << 20  # and otherwise not more rows than the file has bytes: they would be alike
+_BATCH = 32  # rows unpacked at a time, each of which may hold a text of the greatest size
 
 
 class _Record(NamedTuple):
@@ -208,20 +213,67 @@ def _cells(place: str, header: list[str], cells: list[str]) -> _Record:
 
 
 def _parquet(file: Path, cfg: config.Data) -> Iterator[_Record]:
-    import pyarrow
+    """Unpacked a few rows at a time, and not further than an honest file of this size would go."""
     import pyarrow.parquet
 
-    try:
+    size = file.stat().st_size
+    most = max(MAX_LINE, _PACKED * size)
+    with _readable(file):
         table = pyarrow.parquet.ParquetFile(file)
-        columns = _columns(str(file), table.schema_arrow.names, cfg)
-        batches = table.iter_batches(columns=columns)
-        records = (fields for batch in batches for fields in batch.to_pylist())
-        for number, fields in enumerate(records, 1):
-            yield _Record(f"{file}:{number}", fields)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        names = table.schema_arrow.names
+    columns = _columns(str(file), names, cfg)
+    number = unpacked = 0
+    with _readable(file):
+        _check_claims(table.metadata, columns, size, most)
+        for batch in table.iter_batches(_BATCH, columns=columns):
+            cells = list(zip(batch.schema.names, batch.columns, strict=True))
+            for i in range(batch.num_rows):
+                number += 1
+                fields = {name: column[i].as_py() for name, column in cells}
+                length = _characters(fields)
+                unpacked += length
+                if unpacked > most:
+                    raise ValueError(f"more than {most} characters in {size} bytes")
+                fault = _TOO_LONG if length > MAX_LINE else ""
+                yield _Record(f"{file}:{number}", fields, fault)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(
             f"{file}: not a readable parquet file ({shown(str(error))}); fetch it again"
         ) from error
+
+
+def _check_claims(metadata: Any, columns: list[str], size: int, most: int) -> None:
+    """Raises ValueError where the footer promises more than a file of `size` bytes may hold."""
+    rows = max(_ROWS, size)
+    values = 0  # of lists there are many in a row
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] in columns:
+                values += chunk.num_values
+                if chunk.num_values < 0 or chunk.total_uncompressed_size > most:
+                    unpacked = f"{chunk.num_values} values, {chunk.total_uncompressed_size} bytes"
+                    raise ValueError(f"a column claims {unpacked}; the file has {size} bytes")
+    if metadata.num_rows > rows or values > 8 * rows:
+        raise ValueError(
+            f"it claims {metadata.num_rows} rows, {values} values; the file has {size} bytes"
+        )
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value."""
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _hugging_face(path: str, cfg: config.Data) -> Iterator[_Record]:

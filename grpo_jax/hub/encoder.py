@@ -38,6 +38,7 @@ from grpo_jax.models.decoder import Decoder, DecoderConfig
 from grpo_jax.models.encoder import Encoder, EncoderConfig
 from grpo_jax.structs import Array
 from grpo_jax.text.measures import MAX_CHARS, sanitise
+from grpo_jax.text.strict import library_errors
 from grpo_jax.text.tokenizer import load_pretrained
 
 # Few lengths, so few compilations, and less than a quarter of padding.
@@ -162,7 +163,11 @@ class SentenceEncoder:
             return []
         most = max(MAX_CHARS, 32 * self.max_length)  # what is behind would be cut anyway
         texts = [self.prompt + sanitise(text, most) for text in texts]
-        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return self._ids(texts, truncation=True, max_length=self.max_length)
+
+    def _ids(self, text: str | list[str], **options: Any) -> Any:
+        with library_errors(f"{self.folder}: the tokenizer cannot encode"):
+            return self.tokenizer(text, **options)["input_ids"]
 
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """Rows by falling length, in (places, number of rows to compute, width) of each batch.
@@ -180,10 +185,9 @@ class SentenceEncoder:
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
         """The ids before and after a text's own: special tokens, and the prompt before it."""
-        ids = self.tokenizer("a")["input_ids"]
-        own = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        ids, own = self._ids("a"), self._ids("a", add_special_tokens=False)
         start = next(i for i in range(len(ids)) if ids[i : i + len(own)] == own)
-        prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        prompt = self._ids(self.prompt, add_special_tokens=False)
         return ids[:start] + prompt, ids[start + len(own) :]
 
     @functools.cached_property

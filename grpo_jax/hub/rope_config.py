@@ -171,7 +171,10 @@ class _Reader:
     def _original(self, given: dict) -> int:
         """The length before stretching: at the top, in the object, or the whole context."""
         found = [self.f.get(_ORIGINAL, self.spec.original), given.get(_ORIGINAL)]
-        return int(self._single(_ORIGINAL, found) or self.context)
+        original = int(self._single(_ORIGINAL, found) or self.context)
+        if original < 2:  # longrope divides by its logarithm
+            self.f.problems.append(f"{_ORIGINAL}: got {original}, wanted at least 2")
+        return max(2, original)
 
     def _yarn(self, name: str, given: dict, factor: float) -> dict[str, Any]:
         def mscale(weight: float) -> float:

@@ -1,12 +1,17 @@
-"""Which software and devices a run used: JSON-ready facts for WORKDIR/config.json."""
+"""Which software and devices a run used: facts for config.json, and requirements.lock for pip."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import json
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 
@@ -16,7 +21,7 @@ PACKAGES = (
 
 
 def describe_run() -> dict[str, Any]:
-    """{"versions": {package: version}, "devices": {...}, "git_revision": str or None}."""
+    """{"versions": {package: version}, "devices": {...}, "xla_flags", "git_revision" or None}."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -29,7 +34,58 @@ def describe_run() -> dict[str, Any]:
         "count": jax.device_count(),
         "processes": jax.process_count(),
     }
-    return {"versions": versions, "devices": devices, "git_revision": _git_revision()}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git_revision": _git_revision(),
+    }
+
+
+@functools.cache
+def requirements() -> str:
+    """Every installed package and its version, as `pip install -r` takes them.
+
+    A package from a version control system stands there with its commit. One from a folder of
+    this machine, as this package is where it is developed, cannot be installed elsewhere by its
+    name, and is a comment.
+    """
+    lines: dict[str, str] = {}
+    for found in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", found.metadata["Name"] or "").lower()
+        if name not in ("", "pip"):
+            lines.setdefault(name, _requirement(name, found))  # the first one is what is imported
+    head = f"# Python {platform.python_version()}; {platform.system()} {platform.machine()}"
+    return "\n".join([head, *sorted(lines.values())]) + "\n"
+
+
+def _requirement(name: str, found: importlib.metadata.Distribution) -> str:
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if "dir_info" in origin:
+        return f"# {name} {found.version}: installed from a folder"
+    if "vcs_info" in origin:
+        url = urlsplit(origin["url"])  # a token may stand before the host
+        vcs = origin["vcs_info"]
+        place = f"{url.scheme}://{url.hostname}{url.path}@{vcs['commit_id']}"
+        folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+        return f"{name} @ {vcs['vcs']}+{place}{folder}"
+    return f"{name}=={found.version}"
+
+
+def package_changes(was: str, now: str) -> list[str]:
+    """What differs between two texts of `requirements`, in words."""
+    before, after = _packages(was), _packages(now)
+    return [
+        f"{name}: was {before.get(name, 'absent')}, now {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _packages(text: str) -> dict[str, str]:
+    """Package -> its line."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {re.split(r"==| @ ", line)[0]: line for line in lines}
 
 
 def _git_revision() -> str | None:

@@ -36,11 +36,13 @@ from grpo_jax.infra.files import (
     write_json,
     write_text,
 )
-from grpo_jax.infra.provenance import describe_run
+from grpo_jax.infra.provenance import describe_run, package_changes, requirements
+from grpo_jax.text.strict import listed
 
 _log = logging.getLogger(__name__)
 
 REFUSED = -1  # in place of a seed
+REQUIREMENTS = "requirements.lock"  # the packages that a run has used, for pip
 MIN_FREE_BYTES = 200 * 2**20  # less than this at the start and the run will not get far
 
 
@@ -302,8 +304,13 @@ def _enter(folder: Path, cfg: Config) -> int:
         "fingerprint": fingerprint(cfg),
         "started": started or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    packages = folder / REQUIREMENTS
+    known = packages.read_text(encoding="utf-8") if begun and packages.exists() else ""
+    if known and (changes := package_changes(known, requirements())):
+        _log.warning("the run began with other packages: %s", listed(changes, 5))
     with waiting(_row_lock(folder), "writes rows"):
         write_json(folder / "config.json", record | describe_run())
+        write_text(packages, requirements())
         for file in ("metrics.jsonl", "samples.jsonl"):
             mend(folder / file)
     return seed

@@ -2,11 +2,13 @@
 
 An encoder with the policy's tokenizer reads a rollout's token ids on the device while the host
 works on the texts. Only completions that the tokenizer would spell otherwise go through text.
-Anchor embeddings are computed once a text.
+Anchor embeddings are computed once a text. A text on which the encoder fails has the vector 0,
+which is similar to nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -17,6 +19,12 @@ import numpy as np
 from grpo_jax.rewards import terms
 from grpo_jax.structs import Array, Rollout
 from grpo_jax.text.measures import is_empty, sanitise
+from grpo_jax.text.strict import one_line, shown
+
+_PLAIN = "a"  # what fails on this fails on everything
+_ABOUT_A_TEXT = (ValueError, TypeError, LookupError)  # not: memory, the device, a lost file
+
+_log = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
@@ -55,7 +63,7 @@ class EncoderSimilarity:
 
     def start(
         self, texts: list[str], anchors: list[str], rollout: Rollout | None = None
-    ) -> Callable[[], Array]:
+    ) -> Callable[[], tuple[Array, Array]]:
         """Sets the device to work on P * G texts, the G of an anchor next to each other.
 
         Args:
@@ -64,14 +72,16 @@ class EncoderSimilarity:
             shares the policy's tokenizer.
 
         Returns:
-          A function that waits for float32 [P, G] in [-1, 1].
+          A function that waits for float32 [P, G] in [-1, 1], and bool [P, G]: where the encoder
+          has no vector for the completion or its anchor, so that the cosine is 0.
         """
         vectors = self._start_embedding(texts, rollout)
 
-        def wait() -> Array:
+        def wait() -> tuple[Array, Array]:
             known = self._embed_anchors(anchors)
             P, D = known.shape
-            return self._cosine(vectors().reshape(P, -1, D), known)
+            found = vectors().reshape(P, -1, D)
+            return self._cosine(found, known), ~(_usable(found) & _usable(known)[:, None])
 
         return wait
 
@@ -88,7 +98,11 @@ class EncoderSimilarity:
         vectors = encoder.embed_ids(rollout.ids.reshape(-1, T), lengths)
 
         def wait() -> np.ndarray:
-            same = encoder.same_tokens(texts, np.asarray(rollout.ids).reshape(-1, T), lengths)
+            ids = np.asarray(rollout.ids).reshape(-1, T)
+            try:
+                same = encoder.same_tokens(texts, ids, lengths)
+            except _ABOUT_A_TEXT:  # of one text, and `embed` finds out which
+                same = np.zeros(len(texts), bool)
             out = vectors()
             if others := np.flatnonzero(~same).tolist():
                 out[others] = embed(encoder, [texts[i] for i in others])
@@ -105,14 +119,40 @@ class EncoderSimilarity:
 
 
 def embed(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
-    """Embed texts, each distinct one once: float32 [N, D]. Samples of a group often coincide."""
+    """Embed texts, each distinct one once: float32 [N, D]. Samples of a group often coincide.
+
+    A text on which the encoder fails is named in the log and gets the vector 0.
+
+    Raises:
+      ValueError, TypeError, LookupError: the encoder fails on a plain word too.
+    """
     places: dict[str, int] = {}
     rows = [places.setdefault(sanitise(text), len(places)) for text in texts]
-    return np.asarray(encoder.embed(list(places)), np.float32)[rows]
+    return _vectors(encoder, list(places))[rows]
+
+
+def _usable(vectors: np.ndarray) -> np.ndarray:
+    """bool [...] of float32 [..., D]: vectors that have a cosine with others."""
+    return np.isfinite(vectors).all(-1) & vectors.any(-1)
+
+
+def _vectors(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
+    """float32 [N, D]; a batch that fails is halved until only what cannot be read is left out."""
+    try:
+        return np.asarray(encoder.embed(texts), np.float32)
+    except _ABOUT_A_TEXT as error:
+        if len(texts) > 1:
+            half = len(texts) // 2
+            parts = [_vectors(encoder, part) for part in (texts[:half], texts[half:])]
+            return np.concatenate(parts)
+        plain = encoder.embed([_PLAIN])
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        _log.warning("the encoder fails on %s, which scores 0 (%s)", shown(texts[0]), reason)
+        return np.zeros_like(plain, np.float32)
 
 
 def similarity(encoder: TextEncoder, texts: list[str], anchors: list[str]) -> np.ndarray:
-    """Cosine of each text with its anchor: float32 [N], 0 where either is empty."""
+    """Cosine of each text with its anchor: float32 [N], 0 where either is empty or unreadable."""
     if len(texts) != len(anchors):
         raise ValueError(f"similarity: got {len(texts)} texts and {len(anchors)} anchors.")
     if not texts:

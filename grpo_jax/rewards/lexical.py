@@ -36,7 +36,7 @@ class LexicalSimilarity:
 
     def start(
         self, texts: list[str], anchors: list[str], rollout: Rollout | None = None
-    ) -> Callable[[], np.ndarray]:
+    ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
         """Scores P * G texts, the G of an anchor next to each other.
 
         Args:
@@ -44,16 +44,17 @@ class LexicalSimilarity:
           rollout: not read; the token ids say nothing about these metrics.
 
         Returns:
-          A function that computes float32 [P, G] in [0, 1].
+          A function that computes float32 [P, G] in [0, 1], and bool [P, G], False: these metrics
+          can read every text.
         """
         G = len(texts) // len(anchors)
 
-        def compute() -> np.ndarray:
+        def compute() -> tuple[np.ndarray, np.ndarray]:
             rows = [
                 against(self.metric, anchor, texts[p * G : (p + 1) * G])
                 for p, anchor in enumerate(anchors)
             ]
-            return np.stack(rows)
+            return np.stack(rows), np.zeros((len(anchors), G), bool)
 
         return compute
 

@@ -3,7 +3,8 @@
 The host measures lengths, repetition and language, and the similarity of each completion with its
 row's anchor comes from the frozen encoder (embedding.py) or from n-grams (lexical.py); one jitted
 function turns all of it into terms and a total. Every string has a defined reward: odd text is
-sanitised, and a completion without a visible character scores 0 in every term.
+sanitised, and a completion without a visible character scores 0 in every term, as does one on which
+the encoder fails.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def build_score(cfg: config.Reward) -> Callable[..., Rewards]:
     @jax.jit
     def score(
         similarity: Array,  # float32 [P, G]
+        unread: Array,  # bool [P, G], True where the encoder has no vector
         language: Array,  # bool [P, G]
         length_ratio: Array,  # float32 [P, G]
         repetition: Array,  # float32 [P, G]
         visible: Array,  # bool [P, G], False for an empty completion
         tau: Array,  # float32 []
     ) -> Rewards:
+        unread, visible = unread & visible, visible & ~unread
         similarity = similarity * visible
         values = {
             "semantic": terms.semantic(similarity, tau),
@@ -63,7 +66,7 @@ def build_score(cfg: config.Reward) -> Callable[..., Rewards]:
             "repetition": terms.repetition_penalty(repetition, cfg.max_repetition),
         }
         values = {name: values[name] * visible for name in weights}
-        return Rewards(terms.combine(values, weights, cfg.hard_gate), values, similarity)
+        return Rewards(terms.combine(values, weights, cfg.hard_gate), values, similarity, unread)
 
     return score
 
@@ -119,7 +122,8 @@ class Scorer:
             return np.zeros(0, np.float32)
         self._check_counts(texts, rows)
         texts = [sanitise(text) for text in texts]
-        found = np.asarray(self._metric.start(texts, self._anchors(rows))()).reshape(-1)
+        found, _ = self._metric.start(texts, self._anchors(rows))()
+        found = np.asarray(found).reshape(-1)
         return np.where([is_empty(text) for text in texts], np.float32(0), found)
 
     def reads_tokens(self, folder: Path) -> bool:
@@ -141,7 +145,7 @@ class Scorer:
             rewards, sooner. Best with its arrays on the device; this process's rows only.
 
         Returns:
-          Rewards on device, float32 [P, G]; its terms are those of `term_weights`.
+          Rewards on device, [P, G] each; its terms are those of `term_weights`.
 
         Raises:
           ValueError: the counts do not fit, tau >= 1, or a row lacks the anchor text.
@@ -162,7 +166,7 @@ class Scorer:
             on_grid(np.array([repeated_share(piece) for piece in pieces], np.float32)),
             on_grid(np.array([not is_empty(text) for text in texts])),
         )
-        return self._score(similarities(), *measures, np.float32(tau))
+        return self._score(*similarities(), *measures, np.float32(tau))
 
     def _check_counts(self, texts: list[str], rows: list[Row]) -> None:
         if not rows or len(texts) % len(rows):

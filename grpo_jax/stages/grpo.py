@@ -117,7 +117,8 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             aux = {"tau": tau, **guard.aux()}
             learning.check_finite(run, learner, arm, done, state, stats, batch, numbers, **aux)
             metrics = _collect(stats)
-            written = (local.mask.sum(-1), local.ended, np.array([*map(is_odd, texts)]))
+            odd = np.array([*map(is_odd, texts)])
+            written = (local.mask.sum(-1), local.ended, odd, rewards.unread)
             everyones, *facts = jax.tree.map(distributed.gather, (rewards, *written))
             metrics |= within_group_stats(everyones) | _completion_stats(*facts)
             metrics |= _times(clock, metrics["num_tokens"])
@@ -185,8 +186,10 @@ def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
-def _completion_stats(lengths: np.ndarray, ended: np.ndarray, odd: np.ndarray) -> dict[str, float]:
-    """Of all processes' completions: tokens int [P, G], ended bool [P, G], odd bool [P * G]."""
+def _completion_stats(
+    lengths: np.ndarray, ended: np.ndarray, odd: np.ndarray, unread: np.ndarray
+) -> dict[str, float]:
+    """Of all processes' completions: tokens int [P, G]; bool [P, G], but odd [P * G]."""
     lengths, ended = lengths.reshape(-1), ended.reshape(-1)
     out = {
         "completions/mean_length": lengths.mean(),
@@ -194,6 +197,7 @@ def _completion_stats(lengths: np.ndarray, ended: np.ndarray, odd: np.ndarray) -
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1.0 - ended.mean(),
         "completions/odd_ratio": odd.mean(),
+        "completions/unread_ratio": unread.mean(),
     }
     if ended.any():
         out |= {

@@ -103,6 +103,9 @@ def _check(folder: Path) -> None:
                 inside(folder, name, folder / _CONFIG)
     if config.get("init_inputs"):
         raise ValueError(f"{folder / _CONFIG}: init_inputs are not supported; remove them")
+    for key in ("model_max_length", "max_len"):
+        if not isinstance(config.get(key, 0), int | float | None):
+            raise ValueError(f"{folder / _CONFIG}: {key} is {shown(config[key])}, wanted a number")
 
 
 def _present(folder: Path) -> list[Path]:
@@ -224,11 +227,12 @@ class Tokenizer:
         return bool(self._pretrained.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text -> ids, nothing added; text that looks like a special token stays text."""
-        text = encodable(text)
-        return self._pretrained(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        """Plain text -> ids, nothing added; text that looks like a special token stays text.
+
+        Raises:
+          ValueError: the tokenizer has no ids for it.
+        """
+        return self._ids(text, split_special_tokens=True)
 
     def encode_prompt(self, text: str, system: str = "", chat: bool = True) -> list[int]:
         """A prompt that a completion is to follow.
@@ -252,7 +256,7 @@ class Tokenizer:
             )
         messages = [{"role": "system", "content": system}] if system else []
         rendered = self._render([*messages, {"role": "user", "content": text}], True)
-        return self._pretrained(encodable(rendered), add_special_tokens=False)["input_ids"]
+        return self._ids(rendered)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Rows of ids -> texts, special tokens left out, white space at the ends stripped."""
@@ -292,6 +296,11 @@ class Tokenizer:
             ids["bos_token_id"] = self._pretrained.bos_token_id
         return ids
 
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        text = encodable(text)
+        with library_errors(f"{self._folder}: the tokenizer cannot encode {shown(text)}"):
+            return self._pretrained(text, add_special_tokens=False, **options)["input_ids"]
+
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
         roles = [message["role"] for message in messages]
         with library_errors(f"{self._folder}: the chat template refuses messages of {roles}"):
@@ -330,8 +339,7 @@ class Tokenizer:
         behind = self._render(turns, False).rpartition("\u2603")[2]
         special = set(self._pretrained.all_special_ids)
         special |= set(self._pretrained.added_tokens_decoder)
-        ids = self._pretrained(behind, add_special_tokens=False)["input_ids"]
-        return next((i for i in ids if i in special), None)
+        return next((i for i in self._ids(behind) if i in special), None)
 
 
 def _generation_eos(folder: Path) -> list[int]:

@@ -25,7 +25,6 @@ PHASES = (
     "arm record", "measure", "export", "report", "stage done",
 )  # fmt: skip
 LONGEST = 180.0  # seconds that an attempt may take
-TIMES = ("step_time", "tokens_per_second", "time/sample", "time/score", "time/update")
 
 
 class Marks:
@@ -169,6 +168,7 @@ def prepare(base: Path) -> None:
     """Settings and imports of the forks to come: small compilations, kept below `base`."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["GRPO_JAX_CACHE"] = str(base / "cache")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"  # also where the tests do without
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -182,50 +182,21 @@ def prepare(base: Path) -> None:
     from tests.faults import short_run  # noqa: F401
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a jsonl file without the fields that are times."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
-
-
 def saved(folder: Path) -> dict[str, Any]:
-    """ "ARM/STEP" -> what a checkpoint says of itself: aux, score, and a checksum of each leaf."""
-    found = {}
+    """What `repro.checkpoints` says of a folder, if each has its arrays too; else ValueError."""
+    from grpo_jax.repro import checkpoints
+
     for path in sorted(folder.glob("checkpoints/*/*")):
-        if path.name.isdecimal():
-            text = (path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
-            found[f"{path.parent.name}/{path.name}"] = json.loads(text)["custom_metadata"]
-            if not (path / "state" / "manifest.ocdbt").is_file():
-                raise ValueError(f"{path}: no arrays")
-    return found
+        if path.name.isdecimal() and not (path / "state" / "manifest.ocdbt").is_file():
+            raise ValueError(f"{path}: no arrays")
+    return checkpoints(folder)
 
 
 def differences(folder: Path, unbroken: Path) -> list[str]:
     """What a finished run left that the unbroken one did not, and the other way round."""
-    found = []
-    ours, theirs = saved(folder), saved(unbroken)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            found.append(f"checkpoint {name}")
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        if rows(folder / file) != rows(unbroken / file):
-            found.append(file)
-    times = {"seconds": 0, "cost": 0}
-    for kind in ("evaluation", "export"):
-        names = {
-            str(p.relative_to(f)) for f in (folder, unbroken) for p in f.glob(f"{kind}/**/*")
-            if p.is_file() and not _hidden(p, f)
-        }  # fmt: skip
-        for name in sorted(names):
-            files = [folder / name, unbroken / name]
-            if not all(file.is_file() for file in files):
-                found.append(f"{name} is missing in one")
-            elif kind == "evaluation":
-                contents = [json.loads(file.read_text(encoding="utf-8")) | times for file in files]
-                if contents[0] != contents[1]:
-                    found.append(name)
-            elif files[0].read_bytes() != files[1].read_bytes():
-                found.append(name)
+    from grpo_jax.repro import compare
+
+    found = compare(unbroken, folder).differences
     page = folder / "report.html"  # also of a run that is not evaluated
     if not page.is_file() or "</html>" not in page.read_text(encoding="utf-8"):
         found.append("report.html is not whole")

@@ -36,6 +36,8 @@ from tests.faults.mutate import CANARY, Case, mutate
 
 TRACED = 8  # one input in so many is traced, which makes it some times slower
 TOO_LONG = 5.0  # processor seconds for one input
+HUNG = 30.0  # seconds without an end of it
+_LOOK = 0.05  # seconds between two looks at the child
 TOO_MUCH = 1 << 30  # bytes of address space beyond what the whole files took
 LONGEST_MESSAGE = 20_000  # characters
 FORBIDDEN = (
@@ -129,40 +131,47 @@ def fuzz(name: str, inputs: int, seed: int, keep: Path | None = None, first: int
       keep: where the first input of every crash goes.
       first: where to go on behind an input that killed the process.
     """
-    return _fuzz(name, inputs, seed, keep, first, lambda index: None)
+    with _scratch() as base:
+        return _fuzz(name, inputs, seed, keep, first, base, lambda index: None)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as base:
+        yield Path(base)
 
 
 def _fuzz(
-    name: str, inputs: int, seed: int, keep: Path | None, first: int, tell: Callable[[int], None]
-) -> Result:
+    name: str, inputs: int, seed: int, keep: Path | None, first: int, base: Path,
+    tell: Callable[[int], None],
+) -> Result:  # fmt: skip
     reader, result, coverage = readers.READERS[name], Result(name), Coverage()
     if not _installed:
         sys.addaudithook(_audit)
         _installed.append(True)
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as base:
-        (Path(base) / "seeds").mkdir()
-        corpus = reader.seeds(Path(base) / "seeds")
-        whole = len(corpus)
-        (Path(base) / CANARY).write_text('{"secret": 1}')
-        folder = Path(base) / "input"
-        for case in corpus:  # a reader that refuses whole files would make the rest meaningless
-            with coverage.watch():
-                _prepare(case, folder)
-                reader.read(folder)
-        with _limits(TOO_MUCH):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            start = time.perf_counter()
-            for index in range(first, inputs):
-                rng = random.Random(f"{seed}/{name}/{index}")
-                # what is damaged already is mostly refused at once: half start from whole files
-                case = mutate(rng.choice(corpus[:whole] if rng.random() < 0.5 else corpus), rng)
-                tell(index)
-                _prepare(case, folder)
-                _one(reader, case, folder, index, result, coverage, corpus, keep)
-            result.seconds = time.perf_counter() - start
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        result.megabytes = grown // 1024
+    (base / "seeds").mkdir()
+    corpus = reader.seeds(base / "seeds")
+    whole = len(corpus)
+    (base / CANARY).write_text('{"secret": 1}')
+    folder = base / "input"
+    for case in corpus:  # a reader that refuses whole files would make the rest meaningless
+        with coverage.watch():
+            _prepare(case, folder)
+            reader.read(folder)
+    with limits(TOO_MUCH):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        for index in range(first, inputs):
+            rng = random.Random(f"{seed}/{name}/{index}")
+            # what is damaged already is mostly refused at once: half start from whole files
+            case = mutate(rng.choice(corpus[:whole] if rng.random() < 0.5 else corpus), rng)
+            tell(index)
+            _prepare(case, folder)
+            _one(reader, case, folder, index, result, coverage, corpus, keep)
+        result.seconds = time.perf_counter() - start
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    result.megabytes = grown // 1024
     result.pairs = len(coverage.seen)
     return result
 
@@ -183,7 +192,7 @@ def _one(
     """Reads one input and records what came of it."""
     traced = index % TRACED == 0
     what = ""
-    start = time.perf_counter()
+    start = time.process_time()
     _watched.append(str(folder))
     signal.setitimer(signal.ITIMER_PROF, TOO_LONG)
     try:
@@ -203,7 +212,7 @@ def _one(
         signal.setitimer(signal.ITIMER_PROF, 0)
         _watched.pop()
     result.tried += 1
-    result.slowest = max(result.slowest, time.perf_counter() - start)
+    result.slowest = max(result.slowest, time.process_time() - start)
     if what and result.crash(what, index) and keep:
         readers.store(case, keep / f"{result.name}-{index}")
         (keep / f"{result.name}-{index}.txt").write_text(what + "\n", "utf-8", "replace")
@@ -239,7 +248,7 @@ def _site(error: BaseException) -> str:
 
 
 @contextmanager
-def _limits(more: int) -> Iterator[None]:
+def limits(more: int) -> Iterator[None]:
     """A clock that interrupts, and no more than this much new memory."""
 
     def alarm(number: int, frame: Any) -> None:
@@ -265,26 +274,29 @@ def guarded(name: str, inputs: int, seed: int, keep: Path | None) -> Result:
 
     total, first = Result(name), 0
     while first < inputs:
-        board = mmap.mmap(-1, 16)  # the input that is being read, and since when
-        board[:] = struct.pack("<qd", -1, time.monotonic() + 120)
+        board = mmap.mmap(-1, 8)  # the input that is being read
+        board[:] = struct.pack("<q", -1)
         reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
+        with _scratch() as base:
+            child = os.fork()
+            if child == 0:
+                os.close(reading)
 
-            def tell(index: int, board: mmap.mmap = board) -> None:
-                board[:] = struct.pack("<qd", index, time.monotonic())
+                def tell(index: int, board: mmap.mmap = board) -> None:
+                    board[:] = struct.pack("<q", index)
 
-            try:
-                result = _fuzz(name, inputs, seed, keep, first, tell)
-                with os.fdopen(writing, "wb") as pipe:
-                    pickle.dump(vars(result), pipe)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(3)
-        os.close(writing)
-        first = _supervise(child, board, reading, total, first, inputs)
+                try:
+                    result = _fuzz(name, inputs, seed, keep, first, base, tell)
+                    with os.fdopen(writing, "wb") as pipe:
+                        pickle.dump(vars(result), pipe)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(3)
+            os.close(writing)
+            first = _supervise(child, board, reading, total, first, inputs)
+            if first < inputs and keep:
+                shutil.copytree(base / "input", keep / f"{name}-{first - 1}")
     return total
 
 
@@ -295,6 +307,7 @@ def _supervise(
     import pickle
 
     start, killed = time.perf_counter(), False
+    before, looks = -1, 0  # not a clock, which goes on while both processes are stopped
     data = bytearray()
     os.set_blocking(reading, False)
     while True:
@@ -303,13 +316,15 @@ def _supervise(
             data += os.read(reading, 1 << 20)
         if done:
             break
-        index, since = struct.unpack("<qd", board[:])
-        if time.monotonic() - since > 4 * TOO_LONG:
+        (index,) = struct.unpack("<q", board[:])
+        looks = looks + 1 if index == before else 0
+        before = index
+        if looks * _LOOK > (HUNG if index >= 0 else 10 * HUNG):
             os.kill(child, signal.SIGKILL)
             killed = True
             os.waitpid(child, 0)
             break
-        time.sleep(0.05)
+        time.sleep(_LOOK)
     os.set_blocking(reading, True)
     while more := os.read(reading, 1 << 20):
         data += more
@@ -325,7 +340,7 @@ def _supervise(
             old, at = total.crashes.get(what, (0, place))
             total.crashes[what] = (old + count, at)
         return inputs
-    index, _ = struct.unpack("<qd", board[:])
+    (index,) = struct.unpack("<q", board[:])
     if index < 0:
         raise SystemExit(f"{total.name}: the whole files could not be read")
     why = "the process hung" if killed else f"the process died ({status})"

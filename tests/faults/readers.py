@@ -248,17 +248,36 @@ def _sentencepiece_seeds(scratch: Path) -> list[Case]:
     return out
 
 
+_INDEX = "model.safetensors.index.json"
+
+
 def _weight_seeds(scratch: Path) -> list[Case]:
     from safetensors.numpy import save
 
+    return [{"model.safetensors": save(_weight_tensors(), {"format": "pt"})}, _sharded()]
+
+
+@functools.cache
+def _sharded() -> Case:
+    from safetensors.numpy import save
+
     tensors = _weight_tensors()
-    one = {"model.safetensors": save(tensors, {"format": "pt"})}
     names = sorted(tensors)
     shards = {"model-1.safetensors": names[:2], "model-2.safetensors": names[2:]}
-    many = {file: save({n: tensors[n] for n in held}) for file, held in shards.items()}
+    files = {file: save({n: tensors[n] for n in held}) for file, held in shards.items()}
     weight_map = {name: file for file, held in shards.items() for name in held}
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    return [one, many | {"model.safetensors.index.json": _json(index)}]
+    return files | {_INDEX: _json(index)}
+
+
+def _index_seeds(scratch: Path) -> list[Case]:
+    return [{_INDEX: _sharded()[_INDEX]}]
+
+
+def _read_index(folder: Path) -> None:
+    """The shards are whole: only what names them is damaged."""
+    store({name: data for name, data in _sharded().items() if name != _INDEX}, folder)
+    _read_weights(folder)
 
 
 def _weight_tensors() -> dict[str, np.ndarray]:
@@ -286,18 +305,16 @@ def _read_weights(folder: Path) -> None:
 def _gguf_seeds(scratch: Path) -> list[Case]:
     import gguf
 
-    from grpo_jax.assets.tiny import _byte_chars
-
     out = []
     draw = np.random.default_rng(0)
     for kind in ("gpt2", "llama"):
         if kind == "gpt2":
-            tokens, types = ["<|end|>", *_byte_chars(), "he"], [3] + [1] * 257
+            tokens, types = ["<|end|>", *"hea ", "he"], [3] + [1] * 5
             extra: dict[str, Any] = {"pre": "smollm", "merges": ["h e"]}
         else:
-            tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "h", "e", "he"]
-            types = [2, 3, 3] + [6] * 256 + [1] * 3
-            extra = {"scores": [0.0] * 259 + [-3.0, -2.0, -1.0], "bos_token_id": 1}
+            tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(4)), "h", "e", "he"]
+            types = [2, 3, 3] + [6] * 4 + [1] * 3
+            extra = {"scores": [0.0] * 7 + [-3.0, -2.0, -1.0], "bos_token_id": 1}
         writer = gguf.GGUFWriter(scratch / "model.gguf", "llama")
         sizes = {
             "block_count": 1, "context_length": 32, "embedding_length": 8,
@@ -451,6 +468,7 @@ READERS = {
     "tokenizer": Reader(_tokenizer_seeds, _read_tokenizer),
     "sentencepiece": Reader(_sentencepiece_seeds, _read_tokenizer),
     "safetensors": Reader(_weight_seeds, _read_weights),
+    "shard-index": Reader(_index_seeds, _read_index),
     "gguf": Reader(_gguf_seeds, _read_gguf),
     "adapter": Reader(_adapter_seeds, _read_adapter),
     "tasks": Reader(_task_seeds, _read_tasks),
