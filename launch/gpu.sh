@@ -42,9 +42,5 @@ fi
 
 run make_venv .venv "$extras"
 [[ -z "$gpus" ]] || run export CUDA_VISIBLE_DEVICES="$gpus"
-<<<<<<< HEAD
-run exec "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
-=======
 [[ -z "$deterministic" ]] || run export XLA_FLAGS="$deterministic ${XLA_FLAGS:-}"
-run "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
->>>>>>> faults
+run exec "$PWD/.venv/bin/python" -m grpo_jax.main "${program[@]}"
