@@ -107,18 +107,22 @@ def settings(case: Case, dtype: str = "float32", param_dtype: str = "float32") -
     return cfg
 
 
-def compiled(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> int:
-    """Bytes a device, arguments + temporaries, of a phase's compiled program."""
+def compile_phase(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> Any:
+    """A phase's program, compiled from shapes."""
     split = Split(*case.mesh)
     mesh = mesh_lib.make_mesh(config.Mesh(*case.mesh), devices[: split.devices])
-    model = Decoder(case.model, jnp.dtype(cfg.model.dtype), remat=case.remat)
+    rows = mesh_lib.batch_sharding(mesh)
+    model = Decoder(
+        case.model,
+        jnp.dtype(cfg.model.dtype),
+        remat=case.remat,
+        rows=rows if mesh.size > 1 else None,
+    )
     shapes = trees(cfg, case.model)
 
     def placed(tree: Any) -> Any:
         shardings = mesh_lib.param_shardings(mesh, tree)
         return jax.tree.map(lambda x, s: x.update(sharding=s), tree, shardings)
-
-    rows = mesh_lib.batch_sharding(mesh)
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -153,7 +157,12 @@ def compiled(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> 
             step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
             state = TrainState(step, trained, placed(shapes.opt_state))
             lowered = update.lower(state, frozen, batch, key)
-    found = lowered.compile().memory_analysis()
+    return lowered.compile()
+
+
+def compiled(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> int:
+    """Bytes a device, arguments + temporaries, of a phase's compiled program."""
+    found = compile_phase(case, cfg, phase, devices).memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 

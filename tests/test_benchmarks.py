@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import models, work
+from benchmarks import hlo, models, scaling, work
 from benchmarks.table import compare, render
 from grpo_jax import hub
 
@@ -64,3 +66,30 @@ def test_ratios_are_how_many_times_as_fast_ours_is(rates):
         "work": {},
     }  # fmt: skip
     assert "DIFFERENT MODELS" in render([record])
+
+
+def test_loops_count_as_often_as_they_turn():
+    """Five products whose sums go over eight devices, and one array that is gathered whole."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    along, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "fsdp"), ()))
+
+    def turn(x, weight):
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ weight), along), None
+
+    def program(x, weights):
+        out, _ = jax.lax.scan(turn, x, weights)
+        return jax.lax.with_sharding_constraint(out, whole)
+
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32, sharding=along)
+    rows = jax.NamedSharding(mesh, jax.P(None, "fsdp", None))
+    weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=rows)
+    found = hlo.read(jax.jit(program).lower(x, weights).compile().as_text())
+    assert found.flops == 5 * 2 * 4 * 64 * 64 / 8
+    looped = [one for one in found.collectives if one.loops]
+    assert looped and all(one.times == 5 for one in looped)
+    assert found.exchanged("all-reduce") + found.exchanged("reduce-scatter") == 5 * 4 * 64 * 4
+    assert found.exchanged("all-gather") == 4 * 64 * 4
+    bad = scaling.offences(found, {"kernel": weights}, 1, lanes=4, largest=63)
+    assert len(bad) == 1 and bad[0].startswith("f32[4, 64]")
+    assert not scaling.offences(found, {"kernel": weights}, 1, lanes=4, largest=64)
+    assert not scaling.offences(found, {"kernel": jnp.zeros((64, 4))}, 1, lanes=0, largest=0)

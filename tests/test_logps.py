@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from grpo_jax.config import GRPO
+from grpo_jax.config import GRPO, Mesh
+from grpo_jax.infra.mesh import batch_sharding, make_mesh, param_shardings
 from grpo_jax.learn import logps as head_lib
-from grpo_jax.learn.logps import forward_kl, loss_of_tokens, token_logps
+from grpo_jax.learn.logps import forward_kl, loss_of_tokens, token_choices, token_logps
 from grpo_jax.learn.objectives import Tokens, build_grpo_loss, build_sft_loss
 
 
@@ -84,6 +85,32 @@ def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
         for fn in (one_pass, two_passes)
     )
     assert wanted[0][1].means["clip_ratio/region"] > 0.05
+    chex.assert_trees_all_close(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "split", [(2, 2, 2), (1, 1, 8)], ids=["vocabulary split", "does not divide"]
+)
+def test_the_head_on_a_mesh_is_that_of_one_device(monkeypatch, split):
+    """Log-probs and their gradients, choices and KL; each device has chunks of its own."""
+    monkeypatch.setattr(head_lib, "LOGITS", 8 * 50)
+    hidden, kernel, targets = head_inputs((4, 3, 7))
+    mesh = make_mesh(Mesh(*split))
+
+    def everything(hidden, kernel, rows=None):
+        def loss(hidden, kernel):
+            logps, entropy = token_logps(hidden, kernel, targets, 0.7, 3.0, rows)
+            return jnp.sum(logps * jnp.cos(entropy)), (logps, entropy)
+
+        choices = token_choices(hidden, kernel, targets, rows=rows)
+        kl = forward_kl(hidden, kernel, 0.9 * hidden, kernel[:, ::-1], rows=rows)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, kernel), choices, kl
+
+    rows = batch_sharding(mesh)
+    kernel_split = param_shardings(mesh, {"lm_head": {"kernel": kernel}})["lm_head"]["kernel"]
+    placed = jax.device_put(hidden, rows), jax.device_put(kernel, kernel_split)
+    got = jax.device_get(jax.jit(partial(everything, rows=rows))(*placed))
+    wanted = jax.device_get(jax.jit(everything)(hidden, kernel))
     chex.assert_trees_all_close(got, wanted, atol=1e-5)
 
 

@@ -33,8 +33,8 @@ def build_retention(model: Decoder) -> Callable[[dict, dict, TrainBatch], tuple[
 
         ours, theirs = hidden(params), hidden(base_params)
         cap = model.config.final_logit_softcapping
-        logps, _ = token_logps(ours, head(params), batch.ids, cap=cap)
-        kl = forward_kl(theirs, head(base_params), ours, head(params), cap)
+        logps, _ = token_logps(ours, head(params), batch.ids, cap=cap, rows=model.rows)
+        kl = forward_kl(theirs, head(base_params), ours, head(params), cap, model.rows)
         return jnp.where(batch.mask, -logps, 0.0), jnp.where(batch.mask, kl, 0.0)
 
     return jax.jit(retention)

@@ -1,10 +1,11 @@
 """Per-token log-probabilities through a chunked output head.
 
 [B, T, V] never exists: the head runs on a chunk of tokens at a time, the fewer the larger the
-vocabulary. `token_logps` serves any use and recomputes each chunk's logits in its backward pass. A
-loss that is a sum over tokens is taken inside the chunk instead (`loss_of_tokens`), where its
-gradient is complete before the logits are gone. Products accumulate in float32 whatever the compute
-dtype, because bfloat16 rounding of chunked products biases training.
+vocabulary, and every device on chunks of its own rows. A loss that is a sum over tokens is taken
+inside the chunk (`loss_of_tokens`), where its gradient is complete before the logits are gone; the
+gradient of log-probs that are used otherwise (`token_logps`) computes each chunk's logits again.
+Products accumulate in float32 whatever the compute dtype, because bfloat16 rounding of chunked
+products biases training.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from grpo_jax.learn.objectives import LossFn, Stats, Tokens
-from grpo_jax.models.layers import softcap
+from grpo_jax.models.layers import even, softcap
 from grpo_jax.structs import Array
 
-LOGITS = 2**24  # numbers among the logits that exist at one time: 64 MiB
+LOGITS = 2**24  # numbers among the logits that a device has at one time: 64 MiB
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_logps(
-    hidden: Array, head: Array, targets: Array, temperature: float = 1.0, cap: float = 0.0
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    temperature: float = 1.0,
+    cap: float = 0.0,
+    rows: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
     """Log-probs of given tokens, differentiable in `hidden` and `head`, and the entropy.
 
@@ -36,48 +45,73 @@ def token_logps(
       targets: int32 [...].
       temperature: logits are divided by it; must be positive.
       cap: the model's final_logit_softcapping.
+      rows: how the first axis of hidden and targets is split over devices; None: it is not. The
+        vocabulary is split over the mesh's other axes, as far as it divides.
 
     Returns:
       logps float32 [...] and entropy float32 [...] in nats (no gradient).
     """
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
-    # The gradient of the head adds up over chunks in the dtype that the head has outside of them.
-    head = head.astype(jnp.float32)
 
-    def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = _scores(hidden, head, cap) / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
-        frozen = jax.lax.stop_gradient(scores)
-        mean_score = jnp.sum(jax.nn.softmax(frozen, axis=-1) * frozen, axis=-1)
-        entropy = jax.lax.stop_gradient(log_normaliser) - mean_score
-        return chosen - log_normaliser, entropy
+        mean_score = jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
+        return _at(scores, targets) - log_normaliser, log_normaliser - mean_score
 
-    return _in_chunks(chunk, head.shape[1], hidden, targets)
+    return _in_chunks(chunk, rows, (head,), hidden, targets)
+
+
+def _logps_forward(
+    hidden: Array, head: Array, targets: Array, *settings: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    return token_logps(hidden, head, targets, *settings), (hidden, head, targets)
+
+
+def _logps_backward(
+    temperature: float,
+    cap: float,
+    rows: NamedSharding | None,
+    given: tuple[Array, Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, None]:
+    """The gradient of the log-probs' sum, weighted by what flows back to them."""
+
+    def weighted(logps: Array, entropy: Array, weights: Array) -> tuple[jax.Array, Stats]:
+        return jnp.sum(logps * weights), Stats({}, {})
+
+    found = _loss_and_flow(*given, cotangents[0], weighted, temperature, cap, rows)[1]
+    return *found, None
+
+
+token_logps.defvjp(_logps_forward, _logps_backward)
 
 
 def token_choices(
-    hidden: Array, head: Array, targets: Array, cap: float = 0.0
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    cap: float = 0.0,
+    rows: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
     """Log-probs of given tokens, and whether each is the likeliest of the vocabulary.
 
     Args:
-      hidden, head, targets, cap: as in `token_logps`.
+      hidden, head, targets, cap, rows: as in `token_logps`.
 
     Returns:
       float32 [...] in nats, and bool [...].
     """
 
-    def chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = _scores(hidden, head, cap)
-        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
         best = jnp.argmax(scores, axis=-1) == targets
-        return chosen - jax.nn.logsumexp(scores, axis=-1), best
+        return _at(scores, targets) - jax.nn.logsumexp(scores, axis=-1), best
 
-    return _in_chunks(chunk, head.shape[1], hidden, targets)
+    return _in_chunks(chunk, rows, (head,), hidden, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def loss_of_tokens(
     hidden: Array,
     head: Array,
@@ -86,11 +120,12 @@ def loss_of_tokens(
     loss_fn: LossFn,
     temperature: float = 1.0,
     cap: float = 0.0,
+    rows: NamedSharding | None = None,
 ) -> tuple[Array, Stats]:
     """A loss that is a sum over tokens, with its gradient in one pass over the logits.
 
-    Equal to `loss_fn(*token_logps(hidden, head, targets, temperature, cap), tokens)`, but each
-    chunk's gradient is taken while its logits are there, so that nothing is computed twice.
+    Equal to `loss_fn(*token_logps(hidden, head, targets, temperature, cap, rows), tokens)`, but
+    each chunk's gradient is taken while its logits are there, so that nothing is computed twice.
 
     Args:
       hidden: [..., D], differentiable.
@@ -98,16 +133,16 @@ def loss_of_tokens(
       targets: int32 [...].
       tokens: arrays [...].
       loss_fn: of an objectives.Loss that is `by_token`.
-      temperature, cap: as in `token_logps`.
+      temperature, cap, rows: as in `token_logps`.
 
     Returns:
       the loss, float32 [], and its Stats, which have no gradient.
     """
-    return _loss_and_flow(hidden, head, targets, tokens, loss_fn, temperature, cap)[0]
+    return _loss_and_flow(hidden, head, targets, tokens, loss_fn, temperature, cap, rows)[0]
 
 
 class _Sums(NamedTuple):
-    """What adds up over chunks."""
+    """What adds up over chunks, and then over devices."""
 
     loss: Array
     stats: Stats
@@ -118,27 +153,27 @@ def _loss_and_flow(
     hidden: Array,
     head: Array,
     targets: Array,
-    tokens: Tokens,
-    loss_fn: LossFn,
+    tokens: Any,
+    loss_fn: Callable[..., tuple[jax.Array, Stats]],
     temperature: float,
     cap: float,
+    rows: NamedSharding | None,
 ) -> tuple[tuple[Array, Stats], tuple[Array, Array]]:
     """The loss with its Stats, and its gradients by hidden and head."""
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
-    table = head.T.astype(hidden.dtype)  # [V, D], as a tied embedding lies in memory
+    work = _Shares.of(targets.shape, head.shape[1], rows)
 
-    def chunk(sums: _Sums, xs: tuple[Array, Array, Tokens]) -> tuple[_Sums, Array]:
+    def chunk(table: Array, sums: _Sums, xs: tuple) -> tuple[_Sums, Array]:
         hidden, targets, tokens = xs
         capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         probs = jnp.exp(scores - log_normaliser)
-        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)
-        logps = (chosen - log_normaliser)[:, 0]
+        logps = _at(scores, targets) - log_normaliser[:, 0]
         entropy = log_normaliser[:, 0] - jnp.sum(probs * scores, axis=-1)
         value = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, stats), slope = value(logps, entropy, tokens)
-        is_target = jnp.arange(head.shape[1]) == targets[:, None]
+        is_target = jnp.arange(table.shape[0]) == targets[:, None]
         flow = (slope / temperature)[:, None] * (is_target - probs)
         if cap:
             flow = flow * (1.0 - (capped / cap) ** 2)
@@ -149,21 +184,26 @@ def _loss_and_flow(
         sums = _Sums(sums.loss + loss, Stats(means, maxima), sums.table + to_table)
         return sums, _matmul("tv,vd->td", flow, table).astype(hidden.dtype)
 
-    chunks = _Chunks.of(targets.shape, head.shape[1])
-    xs = jax.tree.map(chunks.split, (hidden, targets, tokens))
-    first = jax.tree.map(lambda x: x[0], xs)
-    shapes = jax.eval_shape(loss_fn, *([jnp.zeros(first[1].shape)] * 2), first[2])
-    loss, stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = _Sums(loss, stats, jnp.zeros(table.shape, jnp.float32))
-    sums, to_hidden = jax.lax.scan(chunk, start, xs)
-    gradients = (chunks.merge(to_hidden), sums.table.T.astype(head.dtype))
-    return (sums.loss, sums.stats), gradients
+    def share(table: Array, xs: tuple) -> tuple[_Sums, Array]:
+        chunks = work.chunks(xs[1].shape)
+        xs = jax.tree.map(chunks.split, xs)
+        first = jax.tree.map(lambda x: x[0], xs)
+        shapes = jax.eval_shape(loss_fn, *([jnp.zeros(first[1].shape)] * 2), first[2])
+        loss, stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = _Sums(loss, stats, jnp.zeros(table.shape, jnp.float32))
+        sums, to_hidden = jax.lax.scan(functools.partial(chunk, table), start, xs)
+        return work.together(sums), chunks.merge(to_hidden)
+
+    table = head.T.astype(hidden.dtype)  # [V, D], as a tied embedding lies in memory
+    sums, to_hidden = work.run(share, table, (hidden, targets, tokens))
+    return (sums.loss, sums.stats), (to_hidden, sums.table.T.astype(head.dtype))
 
 
 def _loss_backward(
     loss_fn: LossFn,
     temperature: float,
     cap: float,
+    rows: NamedSharding | None,
     gradients: tuple[Array, Array],
     cotangents: tuple[Array, Stats],
 ) -> tuple[Array, Array, None, None]:
@@ -176,7 +216,12 @@ loss_of_tokens.defvjp(_loss_and_flow, _loss_backward)
 
 
 def forward_kl(
-    hidden_p: Array, head_p: Array, hidden_q: Array, head_q: Array, cap: float = 0.0
+    hidden_p: Array,
+    head_p: Array,
+    hidden_q: Array,
+    head_q: Array,
+    cap: float = 0.0,
+    rows: NamedSharding | None = None,
 ) -> Array:
     """KL(p || q) over the whole vocabulary at each position.
 
@@ -184,22 +229,26 @@ def forward_kl(
       hidden_p, hidden_q: [..., D] states of the two models.
       head_p, head_q: [D, V].
       cap: the models' final_logit_softcapping.
+      rows: as in `token_logps`.
 
     Returns:
       float32 [...] in nats.
     """
 
-    def chunk(hidden_p: Array, hidden_q: Array) -> Array:
+    def chunk(head_p: Array, head_q: Array, hidden_p: Array, hidden_q: Array) -> Array:
         log_p = jax.nn.log_softmax(_scores(hidden_p, head_p, cap), axis=-1)
         log_q = jax.nn.log_softmax(_scores(hidden_q, head_q, cap), axis=-1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    return _in_chunks(chunk, head_p.shape[1], hidden_p, hidden_q)
+    return _in_chunks(chunk, rows, (head_p, head_q), hidden_p, hidden_q)
 
 
 def _scores(hidden: Array, head: Array, cap: float) -> Array:
-    # Cast inside the chunk, so that the backward pass casts each chunk's share before adding it.
-    return softcap(_matmul("td,dv->tv", hidden, head.astype(hidden.dtype)), cap)
+    return softcap(_matmul("td,dv->tv", hidden, head), cap)
+
+
+def _at(scores: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
 
 
 def _matmul(spec: str, a: Array, b: Array) -> jax.Array:
@@ -207,19 +256,55 @@ def _matmul(spec: str, a: Array, b: Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-class _Chunks(NamedTuple):
-    """How tokens are dealt out to n chunks whose logits fit LOGITS.
+class _Shares(NamedTuple):
+    """How devices share the work: each has the tokens of its rows and its part of the vocabulary.
 
-    Chunk i takes tokens i, i + n, i + 2 n ...: the batch is sharded over its first axis, and so
-    every device has its share of every chunk.
+    A device works through chunks of its own and needs nothing of other rows' until it is done;
+    the vocabulary's parts are left to the compiler.
     """
+
+    rows: NamedSharding | None  # None: they are not split, or do not divide
+    vocab_size: int  # of one part
+
+    @classmethod
+    def of(cls, lead: tuple[int, ...], vocab_size: int, rows: NamedSharding | None) -> _Shares:
+        if rows is None or not even(lead, rows):
+            return cls(None, vocab_size)
+        parts = lead[0] // rows.shard_shape(lead)[0]
+        others = rows.mesh.size // parts
+        vocab_size = vocab_size if vocab_size % others else vocab_size // others
+        return cls(rows if parts > 1 else None, vocab_size)
+
+    def run(self, fn: Callable[[Any, Any], Any], whole: Any, split: Any) -> Any:
+        """fn(whole, split) -> (whole, split) by every device, of arrays that are split by rows."""
+        if self.rows is None:
+            return fn(whole, split)
+        specs = (P(), self.rows.spec)
+        return jax.shard_map(
+            fn, mesh=self.rows.mesh, in_specs=specs, out_specs=specs, axis_names=set(self.axes),
+            check_vma=False,
+        )(whole, split)  # fmt: skip
+
+    def chunks(self, lead: tuple[int, ...]) -> _Chunks:
+        """Of one device's tokens."""
+        return _Chunks(lead, -(-math.prod(lead) // max(1, LOGITS // self.vocab_size)))
+
+    def together(self, sums: _Sums) -> _Sums:
+        """The sums of all devices, inside `run`."""
+        maxima = jax.lax.pmax(sums.stats.maxima, self.axes)
+        sums = jax.lax.psum(sums, self.axes)
+        return sums._replace(stats=sums.stats._replace(maxima=maxima))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return () if self.rows is None else tuple(self.rows.spec[0])
+
+
+class _Chunks(NamedTuple):
+    """How tokens are dealt out to n chunks whose logits fit LOGITS; chunk i takes i, i + n ..."""
 
     lead: tuple[int, ...]  # the leading axes, which are a token's
     n: int
-
-    @classmethod
-    def of(cls, lead: tuple[int, ...], vocab_size: int) -> _Chunks:
-        return cls(lead, -(-math.prod(lead) // max(1, LOGITS // vocab_size)))
 
     def split(self, x: Array) -> Array:
         """[*lead, ...] -> [n, tokens / n, ...], padded with zeros."""
@@ -234,8 +319,27 @@ class _Chunks(NamedTuple):
         return x[: math.prod(self.lead)].reshape(*self.lead, *x.shape[1:])
 
 
-def _in_chunks(fn: Callable[..., Any], vocab_size: int, hidden: Array, *arrays: Array) -> Any:
-    """Maps fn over chunks of tokens; the leading axes of all arrays are a token's."""
-    chunks = _Chunks.of(hidden.shape[:-1], vocab_size)
-    xs = tuple(chunks.split(x) for x in (hidden, *arrays))
-    return jax.tree.map(chunks.merge, jax.lax.map(lambda x: jax.checkpoint(fn)(*x), xs))
+def _in_chunks(
+    fn: Callable[..., Any],
+    rows: NamedSharding | None,
+    heads: tuple[Array, ...],
+    hidden: Array,
+    *arrays: Array,
+) -> Any:
+    """Maps fn(*heads, hidden, *arrays) over chunks of tokens.
+
+    Args:
+      fn: of heads [D, V] and arrays [t, ...].
+      rows: as in `token_logps`.
+      heads: as they come, of any dtype.
+      hidden, arrays: the leading axes of all are a token's.
+    """
+    work = _Shares.of(hidden.shape[:-1], heads[0].shape[1], rows)
+
+    def share(heads: tuple, xs: tuple) -> tuple[tuple, Any]:
+        chunks = work.chunks(xs[0].shape[:-1])
+        out = jax.lax.map(lambda x: fn(*heads, *x), jax.tree.map(chunks.split, xs))
+        return (), jax.tree.map(chunks.merge, out)
+
+    heads = tuple(head.astype(hidden.dtype) for head in heads)
+    return work.run(share, heads, (hidden, *arrays))[1]

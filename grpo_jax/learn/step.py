@@ -40,7 +40,7 @@ def batch_logps(
     """Log-probs and entropy, float32 [P, G, T], of the completions of a batch."""
     hidden = _hidden(model, variables, batch, rngs)
     cap = model.config.final_logit_softcapping
-    return token_logps(hidden, head(variables["params"]), batch.ids, temperature, cap)
+    return token_logps(hidden, head(variables["params"]), batch.ids, temperature, cap, model.rows)
 
 
 def _hidden(model: Decoder, variables: dict, batch: TrainBatch, rngs: dict | None) -> Any:
@@ -101,6 +101,7 @@ def build_loss(
             loss_of.fn,
             temperature,
             model.config.final_logit_softcapping,
+            model.rows,
         )
 
     return loss

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
-from grpo_jax.models.layers import KV, Array, Embed, RMSNorm, softcap, spread
+from grpo_jax.models.layers import KV, Array, Embed, RMSNorm, crosswise, softcap, spread
 
 __all__ = ["Decoder", "DecoderConfig", "head", "logits", "scale_embedding"]
 
@@ -40,7 +40,8 @@ class Decoder(nn.Module):
         """Packed ids [P, X] -> hidden [P, X, D] and, if asked, the prompt's KV [L, P, K, S, H]."""
         c = self.config
         embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed_tokens")
-        x = spread(scale_embedding(c, embed(ids)), self.rows)
+        x = spread(embed(ids), crosswise(self.rows))
+        x = spread(scale_embedding(c, x), self.rows)
         layout = Layout(positions, prompt_mask, all_rotations(c, positions))
         kinds = jax.tree.map(lambda *kind: jnp.stack(kind), *c.layer_kinds())
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer

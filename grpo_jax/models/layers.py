@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 Array = jax.Array
@@ -171,14 +172,27 @@ def spread(x: Array, rows: jax.sharding.NamedSharding | None) -> Array:
     Without this the compiler may follow the parameters instead: with their width split over many
     devices, every device then works on all rows of a part of the width.
     """
-    if rows is None or not _even(x.shape, rows):
+    if rows is None or not even(x.shape, rows):
         return x
     return jax.lax.with_sharding_constraint(x, rows)
 
 
-def _even(shape: tuple[int, ...], rows: jax.sharding.NamedSharding) -> bool:
+def crosswise(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
+    """Of [P, X, D] whose rows are split as `rows` says but for its last axis, which splits D.
+
+    So what is looked up in a table whose width that axis splits comes to be, without the table
+    being brought together; from there it is one exchange along that axis to `rows`.
+    """
+    if rows is None:
+        return None
+    *axes, last = rows.spec[0]
+    return jax.sharding.NamedSharding(rows.mesh, PartitionSpec(tuple(axes), None, last))
+
+
+def even(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding) -> bool:
+    """Whether an array of this shape can be split so."""
     try:
-        rows.shard_shape(shape)
+        sharding.shard_shape(shape)
     except ValueError:
         return False
     return True

@@ -170,7 +170,7 @@ def _sampling(
     heads = c.num_kv_heads / (t if c.num_kv_heads % t == 0 else 1)
     kv = 2 * c.num_layers * heads * c.head_dim * width * p
     prefill = _layer_bytes(c, cfg, p, batch.S, 0, 1, 1) * FORWARD_SHARE
-    drawn = DRAW_COPIES * p * batch.W * c.vocab_size * 4.0
+    drawn = DRAW_COPIES * p * batch.W * c.vocab_size * 4.0 / t
     tied = c.vocab_size * c.hidden_size * width * c.tie_word_embeddings / t
     return {
         "gathered weights": whole * copied,
@@ -190,7 +190,7 @@ def _forward(cfg: Config, c: DecoderConfig, split: Split, batch: Batch) -> dict[
     return {
         "activations": p * batch.packed * c.hidden_size * width + per_layer * FORWARD_SHARE,
         "logits chunk": _chunk(c, p, batch, split),
-        "output matrix": 2.0 * c.vocab_size * c.hidden_size * width * (split.devices > 1),
+        "output matrix": c.vocab_size * c.hidden_size * width * (split.fsdp > 1) / split.tensor,
         "gathered layer": _gathered(cfg, c, split),
     }
 
@@ -233,11 +233,11 @@ def _share(split: Split, trees: Trees, name: str) -> float:
 
 
 def _chunk(c: DecoderConfig, p: int, batch: Batch, split: Split) -> float:
-    """Bytes of the logits of one chunk: never more than learn.logps.LOGITS numbers."""
+    """Bytes of a device's logits of one chunk: never more than learn.logps.LOGITS numbers."""
     tokens = p * batch.G * batch.T
-    everyone = tokens * split.rows
-    chunks = -(-everyone // max(1, logps.LOGITS // c.vocab_size))
-    return -(-everyone // chunks) * c.vocab_size * 4.0 / (split.tensor * split.data)
+    vocab = c.vocab_size // (1 if c.vocab_size % split.tensor else split.tensor)
+    chunks = -(-tokens // max(1, logps.LOGITS // vocab))
+    return -(-tokens // chunks) * vocab * 4.0
 
 
 def _gathered(cfg: Config, c: DecoderConfig, split: Split, copies: int = 1) -> float:

@@ -81,7 +81,7 @@ def _sampling(
     rows = p * batch.W
     passes = DRAW_PASSES + TOP_P_PASSES * (cfg.grpo.sampling.top_p < 1)
     read = numbers * width + p * batch.S * token + rows * batch.T * token
-    read += passes * rows * c.vocab_size * 4.0
+    read += passes * rows * c.vocab_size * 4.0 / tensor
     attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + batch.T) / tensor
     flops = rows * (2.0 * numbers + attended)
     by_bytes, by_flops = read / (device.bandwidth * DECODE), flops / peak

@@ -8,13 +8,15 @@ levels, blocks and then tokens, which touches the vocabulary twice and needs two
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.config import Sampling
-
-Array = jax.Array
+from grpo_jax.models.layers import Array, even
 
 BLOCK = 256  # tokens a block of the two-level search
 BISECTIONS = 24  # halvings of the range of log-probabilities: 30 / 2^24 is float32's own resolution
@@ -48,6 +50,40 @@ def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Arr
         tokens = _inverse_cdf(weights, uniforms)
     logps = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0] - log_normaliser
     return tokens, logps
+
+
+def draw_apart(
+    logits: Array, uniforms: Array, sampling: Sampling, rows: NamedSharding | None
+) -> tuple[Array, Array]:
+    """`draw` on a mesh: each device has all logits of a part of the rows.
+
+    Logits come to be split by rows and, along the mesh's other axes, by vocabulary. Searching them
+    there would take an exchange for each step of the search; this takes one for all, in which no
+    device is sent more than it sends.
+
+    Args:
+      logits, uniforms, sampling: as for `draw`.
+      rows: how the first axis is split; None: not at all. Where rows or vocabulary do not divide
+        by the devices, the compiler finds its own way.
+    """
+    if rows is None:
+        return draw(logits, uniforms, sampling)
+    mesh, split = rows.mesh, rows.spec[0]
+    others = tuple(n for n in mesh.axis_names if n not in split and mesh.shape[n] > 1)
+    parts = PartitionSpec(split, others)
+    wanted = (parts, PartitionSpec((*split, *others)))
+    if not others or not all(even(logits.shape, NamedSharding(mesh, spec)) for spec in wanted):
+        return draw(logits, uniforms, sampling)
+
+    def share(logits: Array, uniforms: Array) -> Any:
+        logits = jax.lax.all_to_all(logits, others, 0, 1, tiled=True)
+        first = jax.lax.axis_index(others) * logits.shape[0]
+        uniforms = jax.lax.dynamic_slice_in_dim(uniforms, first, logits.shape[0])
+        return jax.lax.all_gather(draw(logits, uniforms, sampling), others, tiled=True)
+
+    return jax.shard_map(
+        share, mesh=mesh, in_specs=(parts, rows.spec), out_specs=rows.spec, check_vma=False
+    )(logits, uniforms)
 
 
 def threshold(weights: Array, sampling: Sampling) -> Array | None:

@@ -22,7 +22,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderLayer, Layout, all_rotations
 from grpo_jax.models.decoder import Decoder, head, scale_embedding
 from grpo_jax.models.layers import KV, RMSNorm, matmul_few, softcap, spread
-from grpo_jax.rollout.draw import draw
+from grpo_jax.rollout.draw import draw_apart
 from grpo_jax.structs import Array, Rollout
 
 WIDE = 512  # hidden_size from which a CPU is faster with transposed kernels
@@ -92,7 +92,7 @@ def build_sampler(
             scores = softcap(multiply(hidden), model.config.final_logit_softcapping)
             chances = jax.vmap(lambda u, *at: u[at])(draws, state.sample, state.age)
             flat = scores.reshape(P * W, -1)
-            token, logp = draw(flat, chances.reshape(P * W, 2), sampling)
+            token, logp = draw_apart(flat, chances.reshape(P * W, 2), sampling, model.rows)
             token, logp = token.reshape(P, W), logp.reshape(P, W)
             stopped = jnp.isin(token, stops)
             age = state.age + 1
