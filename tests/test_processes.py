@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -134,8 +136,33 @@ def assert_same(runs: Together, name: str) -> None:
             np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=2e-5)
 
 
-def test_two_processes_are_killed_resume_and_equal_one(runs):
+def stopped(runs: Together, name: str) -> None:
+    """SIGTERM to process 1 in training, then to both until they end: one step, one checkpoint."""
+    started = runs.start(name, 2, 4)
+    try:
+        while not runs.rows(name):
+            assert all(child.poll() is None for child in started), runs.log(name, 0)
+            time.sleep(0.02)
+        started[1].send_signal(signal.SIGTERM)
+        until = time.monotonic() + 120
+        while any(child.poll() is None for child in started) and time.monotonic() < until:
+            time.sleep(0.2)
+            for child in started:
+                child.send_signal(signal.SIGTERM)
+    finally:
+        for child in started:
+            child.kill()
+    assert [child.wait() for child in started] == [143, 143], runs.log(name, 0)
+    said = runs.log(name, 0).splitlines()[-1]
+    step = re.match(r"SIGTERM: stopped sft after step ([12]) of 2, which is saved in ", said)
+    assert step, said
+    saved = (path.name for path in (runs.base / name / "checkpoints" / "sft").iterdir())
+    assert max(saved) == step[1]
+
+
+def test_two_processes_are_stopped_and_killed_resume_and_equal_one(runs):
     """2 x 4 devices: a kill takes both down; two go on, and so does one, from the same place."""
+    stopped(runs, "two")
     started = runs.start("two", 2, 4)
     try:
         while not any(row["stage"] == "grpo" for row in runs.rows("two")):

@@ -50,10 +50,12 @@ def choose(
         the heads.
     """
     rows = dict.fromkeys(row for cfg, method in arms for row in _batches(cfg, method))
+    heads = (arms[0][0].model.path, c.num_heads, c.num_kv_heads)
     if mesh.tensor > 0:
-        mesh_lib.check_heads(mesh.tensor, arms[0][0].model.path, c.num_heads, c.num_kv_heads)
+        mesh_lib.check_heads(mesh.tensor, *heads)
     if 0 not in (sizes := (mesh.data, mesh.fsdp, mesh.tensor)) or -1 in sizes:
         split = Split(*mesh_lib.fill_in(mesh, devices.count))
+        mesh_lib.check_heads(split.tensor, *heads)
         for name, n in rows:
             mesh_lib.check_rows(split.rows, name, n)
         return split, "as configured"
