@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import pre_tokenizers
 
 from grpo_jax.assets import synthetic
+from grpo_jax.text import tokenizer as tokenizer_lib
 from grpo_jax.text.tokenizer import Tokenizer, load_pretrained
 
 TEMPLATE = (
@@ -205,10 +207,19 @@ def test_added_tokens_and_ends_of_a_sentencepiece_folder(tmp_path: Path) -> None
         Tokenizer.load(tmp_path)
 
 
-def test_a_unigram_model_that_transformers_would_cut_otherwise(tmp_path: Path) -> None:
+def test_a_unigram_model_that_transformers_would_cut_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_sentencepiece(tmp_path, "xlm-roberta")
-    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    (tmp_path / "sentencepiece.bpe.model").rename(tmp_path / "tokenizer.model")
+    read = tokenizer_lib._from_pretrained
+
+    def otherwise(folder: Path, named: Path) -> Any:  # as some of its versions do, with some files
+        pretrained = read(folder, named)
+        pretrained.backend_tokenizer.pre_tokenizer = pre_tokenizers.UnicodeScripts()
+        return pretrained
+
+    load_pretrained(tmp_path)
+    monkeypatch.setattr(tokenizer_lib, "_from_pretrained", otherwise)
     with pytest.raises(ValueError, match="set tokenizer_class in tokenizer_config.json"):
         load_pretrained(tmp_path)
 

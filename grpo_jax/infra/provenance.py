@@ -66,7 +66,8 @@ def _requirement(name: str, found: importlib.metadata.Distribution) -> str:
     if "vcs_info" in origin:
         url = urlsplit(origin["url"])  # a token may stand before the host
         vcs = origin["vcs_info"]
-        place = f"{url.scheme}://{url.hostname}{url.path}@{vcs['commit_id']}"
+        host = url.netloc.rpartition("@")[2]
+        place = f"{url.scheme}://{host}{url.path}@{vcs['commit_id']}"
         folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
         return f"{name} @ {vcs['vcs']}+{place}{folder}"
     return f"{name}=={found.version}"

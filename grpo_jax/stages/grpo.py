@@ -118,7 +118,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             learning.check_finite(run, learner, arm, done, state, stats, batch, numbers, **aux)
             metrics = _collect(stats)
             odd = np.array([*map(is_odd, texts)])
-            written = (local.mask.sum(-1), local.ended, odd, rewards.unread)
+            written = (local.mask.sum(-1), local.ended, odd, np.asarray(rewards.unread))
             everyones, *facts = jax.tree.map(distributed.gather, (rewards, *written))
             metrics |= within_group_stats(everyones) | _completion_stats(*facts)
             metrics |= _times(clock, metrics["num_tokens"])

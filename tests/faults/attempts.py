@@ -24,7 +24,7 @@ PHASES = (
     "start", "load", "sft update", "sampling", "scoring", "grpo update", "save", "row",
     "arm record", "measure", "export", "report", "stage done",
 )  # fmt: skip
-LONGEST = 180.0  # seconds that an attempt may take
+LONGEST = 900.0  # seconds that an attempt may take
 
 
 class Marks:
