@@ -40,12 +40,12 @@ def nested(depth: int) -> bytes:
 def bomb(kind: str, file: Path) -> str:
     """Writes a file of less than 2 MiB; what is wrong with it."""
     tables: dict[str, tuple[dict[str, Any], str]] = {
-        "text": ({"source": ["a" * (MAX_LINE + 1)]}, "claims 1 values, 16777"),
+        "text": ({"source": ["a" * (MAX_LINE + 1)]}, "it claims 1 rows, 16777"),
         "texts": ({"source": repeated("a" * 10**6, 10**6)}, "more than 1677721[67] characters in"),
         "rows": ({"source": repeated("a", 2**21)}, "it claims 2097152 rows"),
         "list": (
             {"source": [{"x": "a"}], "target": [{"y": np.zeros(9_000_000, np.int8)}]},
-            "it claims 1 rows, 9000001 values",
+            "column 'target' holds lists, wanted text",
         ),
     }
     if kind == "schema":
