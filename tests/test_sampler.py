@@ -18,7 +18,7 @@ from grpo_jax.learn.step import build_logps
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import logits as output_logits
 from grpo_jax.rollout import sampler
-from grpo_jax.rollout.draw import draw, threshold
+from grpo_jax.rollout.draw import draw, mass_above, truncate
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.structs import TrainBatch
 
@@ -82,6 +82,15 @@ def test_frequencies_match_the_warped_softmax(sampling):
     np.testing.assert_allclose(logps, wanted[tokens], atol=1e-5)
 
 
+def kept(weights: jax.Array, sampling: Sampling) -> np.ndarray:
+    """bool [V]: which tokens of one row [1, V] may be drawn."""
+    weights, wanted = truncate(weights, sampling)
+    if wanted is None:
+        return np.asarray(weights[0] > 0)
+    above = mass_above(weights[:, None], weights[0][:, None, None])[:, 0]
+    return np.asarray((weights[0] > 0) & (above < wanted))
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS[3:])
 @given(levels=st.lists(st.integers(-6, 6), min_size=24, max_size=24))
 def test_truncation_keeps_what_sorting_keeps(sampling, levels):
@@ -89,17 +98,14 @@ def test_truncation_keeps_what_sorting_keeps(sampling, levels):
     logits = np.asarray(levels, np.float32)
     scores = (logits - logits.max()) / np.float32(sampling.temperature)
     weights = jnp.exp(jnp.asarray(scores))[None]
-    keep = threshold(weights, sampling)
-    np.testing.assert_array_equal(np.ravel(weights >= keep), warp(logits, sampling) > 0)
+    np.testing.assert_array_equal(kept(weights, sampling), warp(logits, sampling) > 0)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 def test_a_token_above_top_p_stands_alone(top_p):
     scores = np.full((1, V), -30.0, np.float32)
     scores[0, 123] = 0.0
-    weights = jnp.exp(jnp.asarray(scores))
-    keep = threshold(weights, Sampling(top_p=top_p))
-    assert (weights >= keep).sum() == 1
+    assert kept(jnp.exp(jnp.asarray(scores)), Sampling(top_p=top_p)).sum() == 1
 
 
 def test_never_a_token_of_weight_zero():

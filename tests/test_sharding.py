@@ -46,7 +46,7 @@ def run_step(model: Decoder, params: dict, split: tuple[int, int, int]) -> Step:
     model = model.clone(rows=rows if mesh.size > 1 else None)
     cfg = config.GRPO(beta=0.1)
     gathered = mesh_lib.gathered(mesh)
-    sample = build_sampler(model, config.Sampling(temperature=0.9), T, (7,), gathered)
+    sample = build_sampler(model, config.Sampling(temperature=0.9, top_p=0.9), T, (7,), gathered)
     optimizer = optax.sgd(1.0)
     loss = build_grpo_loss(cfg, on_policy=False)
     update = build_update(model, optimizer, loss, config.Lora())

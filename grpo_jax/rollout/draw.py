@@ -1,9 +1,10 @@
 """Drawing one token a row from logits, and its log-probability.
 
-Every truncation (top-k, top-p, min-p) keeps the tokens whose probability reaches some threshold, so
-warping is finding a threshold and nothing is ever sorted. The draw itself is an inverse CDF in two
-levels, blocks and then tokens, which touches the vocabulary twice and needs two uniforms a row
-(one float32 uniform cannot resolve probabilities below 1e-7; a second inside the block can).
+The draw is an inverse CDF in two levels, blocks and then tokens, which touches the vocabulary twice
+and needs two uniforms a row (one float32 uniform cannot resolve probabilities below 1e-7; a second
+inside the block can). Nothing is ever sorted: top-k and min-p are thresholds, and for top-p a token
+is drawn and then asked whether it belongs to the nucleus, which takes one more look at the
+vocabulary, and a further one whenever it does not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from grpo_jax.config import Sampling
 from grpo_jax.models.layers import Array, even
 
 BLOCK = 256  # tokens a block of the two-level search
-BISECTIONS = 24  # halvings of the range of log-probabilities: 30 / 2^24 is float32's own resolution
-LOWEST = -30.0  # log of the smallest probability, relative to the largest, that top-p can keep
 
 
 def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Array]:
@@ -44,10 +43,11 @@ def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Arr
     if sampling.temperature == 0:
         tokens = _argmax(scores)
     else:
-        keep = threshold(weights, sampling)
-        if keep is not None:
-            weights = jnp.where(weights >= keep[:, None], weights, 0.0)
-        tokens = _inverse_cdf(weights, uniforms)
+        weights, wanted = truncate(weights, sampling)
+        blocks = _blocks(weights, 0.0)
+        tokens = _inverse_cdf(blocks, uniforms)
+        if wanted is not None:
+            tokens = _into_nucleus(blocks, wanted, tokens, uniforms)
     logps = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0] - log_normaliser
     return tokens, logps
 
@@ -55,7 +55,7 @@ def draw(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, Arr
 def draw_apart(
     logits: Array, uniforms: Array, sampling: Sampling, rows: NamedSharding | None
 ) -> tuple[Array, Array]:
-    """`draw` on a mesh: each device has all logits of a part of the rows.
+    """`draw` on a mesh: each device has all logits of a part of the rows, and waits for no other.
 
     Logits come to be split by rows and, along the mesh's other axes, by vocabulary. Searching them
     there would take an exchange for each step of the search; this takes one for all, in which no
@@ -70,12 +70,14 @@ def draw_apart(
         return draw(logits, uniforms, sampling)
     mesh, split = rows.mesh, rows.spec[0]
     others = tuple(n for n in mesh.axis_names if n not in split and mesh.shape[n] > 1)
-    parts = PartitionSpec(split, others)
+    parts = PartitionSpec(split, others or None)
     wanted = (parts, PartitionSpec((*split, *others)))
-    if not others or not all(even(logits.shape, NamedSharding(mesh, spec)) for spec in wanted):
+    if not all(even(logits.shape, NamedSharding(mesh, spec)) for spec in wanted):
         return draw(logits, uniforms, sampling)
 
     def share(logits: Array, uniforms: Array) -> Any:
+        if not others:
+            return draw(logits, uniforms, sampling)
         logits = jax.lax.all_to_all(logits, others, 0, 1, tiled=True)
         first = jax.lax.axis_index(others) * logits.shape[0]
         uniforms = jax.lax.dynamic_slice_in_dim(uniforms, first, logits.shape[0])
@@ -86,47 +88,66 @@ def draw_apart(
     )(logits, uniforms)
 
 
-def threshold(weights: Array, sampling: Sampling) -> Array | None:
-    """The smallest weight that survives truncation.
+def truncate(weights: Array, sampling: Sampling) -> tuple[Array, Array | None]:
+    """What top-k and min-p leave, and how much of it the nucleus of top-p must hold.
 
     Args:
       weights: float32 [R, V], probabilities relative to the largest, which is 1 in every row.
       sampling: which truncations.
 
     Returns:
-      float32 [R], or None when nothing is truncated.
+      float32 [R, V] with 0 for what is cut off; float32 [R], or None without top-p.
     """
-    keep = None
-    vocab_size = weights.shape[-1]
-    if 0 < sampling.top_k < vocab_size:
-        keep = jax.lax.top_k(weights, sampling.top_k)[0][:, -1]
-        weights = jnp.where(weights >= keep[:, None], weights, 0.0)
-    if sampling.top_p < 1.0:
-        nucleus = _nucleus(weights, sampling.top_p)
-        keep = nucleus if keep is None else jnp.maximum(keep, nucleus)
+    if 0 < sampling.top_k < weights.shape[-1]:
+        least = jax.lax.top_k(weights, sampling.top_k)[0][:, -1:]
+        weights = jnp.where(weights >= least, weights, 0.0)
+    wanted = sampling.top_p * jnp.sum(weights, axis=-1) if sampling.top_p < 1.0 else None
     if sampling.min_p > 0.0:
-        floor = jnp.full(weights.shape[:1], sampling.min_p, weights.dtype)
-        keep = floor if keep is None else jnp.maximum(keep, floor)
-    return keep
+        weights = jnp.where(weights >= sampling.min_p, weights, 0.0)
+    return weights, wanted
 
 
-def _nucleus(weights: Array, top_p: float) -> Array:
-    """The largest threshold whose survivors hold at least top_p of the mass (arXiv 1904.09751)."""
-    wanted = top_p * jnp.sum(weights, axis=-1)
+def mass_above(blocks: Array, pivot: Array | float) -> Array:
+    """The weight of all tokens that weigh more than the pivot, block by block.
 
-    def enough(floor: Array) -> Array:
-        return jnp.sum(jnp.where(weights >= floor[:, None], weights, 0.0), axis=-1) >= wanted
+    Args:
+      blocks: float32 [R, B, BLOCK].
+      pivot: float32 [R, 1, 1].
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # logarithms; enough(exp(low)) always
-        middle = 0.5 * (low + high)
-        holds = enough(jnp.exp(middle))
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+    Returns:
+      float32 [R, B].
+    """
+    return jnp.sum(jnp.where(blocks > pivot, blocks, 0.0), axis=-1)
 
-    low = jnp.full(wanted.shape, LOWEST, weights.dtype)
-    low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, jnp.zeros_like(low)))
-    # If the top token alone suffices, `high` never moved from 0 and is itself the answer.
-    return jnp.where(enough(jnp.ones_like(low)), 1.0, jnp.exp(low))
+
+def _into_nucleus(blocks: Array, wanted: Array, tokens: Array, uniforms: Array) -> Array:
+    """Tokens of the nucleus (arXiv 1904.09751), drawn as often as they weigh.
+
+    The nucleus has the fewest of the heaviest tokens that hold what is wanted, and all of equal
+    weight with the last, so a token belongs to it if those above it hold less. If one does not,
+    none below it does, and another is drawn from those above.
+
+    Args:
+      blocks: float32 [R, B, BLOCK].
+      wanted: float32 [R].
+      tokens: int32 [R], drawn from all.
+      uniforms: float32 [R, 2], with which they were drawn; further ones are made of these.
+    """
+    bits = jax.lax.bitcast_convert_type(uniforms, jnp.uint32)
+    keys = jax.random.wrap_key_data(bits, impl="threefry2x32")
+    flat = blocks.reshape(blocks.shape[0], -1)
+
+    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, tokens, _ = state
+        pivot = jnp.take_along_axis(flat, tokens[:, None], axis=-1)[:, None]
+        above = mass_above(blocks, pivot)
+        inside = jnp.sum(above, axis=-1) < wanted
+        fresh = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, count), (2,)))(keys)
+        others = _inverse_cdf(blocks, fresh, above, pivot)
+        return count + 1, jnp.where(inside, tokens, others), jnp.all(inside)
+
+    start = (jnp.zeros((), jnp.int32), tokens, jnp.zeros((), bool))
+    return jax.lax.while_loop(lambda state: ~state[-1], again, start)[1]
 
 
 def _blocks(x: Array, fill: float) -> Array:
@@ -143,11 +164,20 @@ def _argmax(scores: Array) -> Array:
     return (block * BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
-def _inverse_cdf(weights: Array, uniforms: Array) -> Array:
-    """int32 [R]: index i with probability weights[:, i] / sum, never one of weight 0."""
-    blocks = _blocks(weights, 0.0)
-    block = _pick(jnp.sum(blocks, axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+def _inverse_cdf(
+    blocks: Array, uniforms: Array, sums: Array | None = None, pivot: Array | float = 0.0
+) -> Array:
+    """int32 [R]: index i with probability proportional to its weight, if that is above the pivot.
+
+    Args:
+      blocks: float32 [R, B, BLOCK].
+      uniforms: float32 [R, 2].
+      sums: float32 [R, B], of what is above the pivot; None: it is 0, and all is.
+      pivot: float32 [R, 1, 1].
+    """
+    block = _pick(jnp.sum(blocks, axis=-1) if sums is None else sums, uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
+    inside = jnp.where(inside > pivot, inside, 0.0)[:, 0]
     return (block * BLOCK + _pick(inside, uniforms[:, 1])).astype(jnp.int32)
 
 
