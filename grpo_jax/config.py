@@ -12,8 +12,6 @@ config_flags looks at them.
 """
 # ruff: noqa: UP045
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -353,12 +351,3 @@ TROUBLE = (
     "kl_blowup",
 )  # fmt: skip
 METHODS = ("sft", "self_sft", "grpo", "interpolate")  # of the rows of `arms`
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """'; did you mean ...?' with the options closest to `name`, or '' when none is close."""
-    options = list(options)
-    last = name.rsplit(".", 1)[-1]
-    close = [o for o in options if o.rsplit(".", 1)[-1] == last]
-    close = close or difflib.get_close_matches(name, options, n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""

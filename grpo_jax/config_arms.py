@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_jax.config import METHODS, TRAINING, Arm, Config, did_you_mean
-from grpo_jax.config_dicts import CADENCE, flatten, from_dict, to_dict, under
+from grpo_jax.config import METHODS, TRAINING, Arm, Config
+from grpo_jax.config_dicts import CADENCE, did_you_mean, flatten, from_dict, to_dict, under
 
 BASE = "base"
 FLOORS = ("copy", "tm")  # systems without a model, measured beside the arms

@@ -6,8 +6,9 @@ hold the rules that tie fields together, for the configuration and for each arm'
 
 from __future__ import annotations
 
-from grpo_jax.config import STAGES, TRAINING, TROUBLE, Config, did_you_mean
+from grpo_jax.config import STAGES, TRAINING, TROUBLE, Config
 from grpo_jax.config_arms import arm_problems, arms_of, settings_of
+from grpo_jax.config_dicts import did_you_mean
 from grpo_jax.config_values import LINEARS, type_problems, value_problems
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grpo_jax.config import Config, did_you_mean
+from grpo_jax.config import Config
 
 # Not part of what an arm is, so these may change when it is resumed: what changes nothing that was
 # computed so far, and what only a stage behind the training reads, which then runs again.
@@ -86,3 +88,12 @@ def fingerprint(cfg: Config) -> str:
 def under(name: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a dotted name is one of the prefixes or lies below one."""
     return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """'; did you mean ...?' with the options closest to `name`, or '' when none is close."""
+    options = list(options)
+    last = name.rsplit(".", 1)[-1]
+    close = [o for o in options if o.rsplit(".", 1)[-1] == last]
+    close = close or difflib.get_close_matches(name, options, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""

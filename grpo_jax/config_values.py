@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grpo_jax.config import Arm, did_you_mean
+from grpo_jax.config import Arm
+from grpo_jax.config_dicts import did_you_mean
 
 DTYPES = ("float32", "bfloat16")
 POOLING = ("mean", "cls", "max", "weightedmean", "lasttoken", "mean_sqrt_len_tokens")

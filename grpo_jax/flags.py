@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grpo_jax.config import Arm, Config, did_you_mean
+from grpo_jax.config import Arm, Config
+from grpo_jax.config_dicts import did_you_mean
 from grpo_jax.config_values import describe
 
 

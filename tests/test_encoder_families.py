@@ -211,7 +211,7 @@ def test_long_texts_get_small_batches(encoders: dict[str, SentenceEncoder]) -> N
     lengths = np.array([3, 9_000, 700, 5, 4, 2, 10, 513])
     batches = [(chosen.tolist(), rows, width) for chosen, rows, width in encoder._batches(lengths)]
     assert batches == [
-        ([1], 1, 12_288), ([2], 1, 768), ([7], 1, 768), ([6, 3, 4, 0], 4, 16), ([5], 4, 16),
+        ([1], 1, 10_240), ([2], 1, 768), ([7, 6], 2, 640), ([3, 4, 0, 5], 4, 16),
     ]  # fmt: skip
 
 

@@ -197,7 +197,7 @@ def exhausted_error() -> jax.errors.JaxRuntimeError:
         ("sampling", "grpo", ["grpo.lanes (now 0)", "grpo.prompts_per_step (now 16)"]),
         ("sampling", "self_sft", ["self_sft.prompts_per_step (now 32)"]),
         ("the update", "recover", ["recover.sft.gradient_accumulation_steps (now 1)"]),
-        ("the update", "grpo", ["model.remat (now True)", "mesh.fsdp (now -1)"]),
+        ("the update", "grpo", ["model.remat (now True)", "mesh.fsdp (now 0)"]),
         ("evaluation", "sft", ["evaluation.batch_size (now 32)"]),
         ("scoring", "grpo", ["encoder.batch_size (now 64)", "grpo.gradient_accumulation_steps"]),
         ("loading", "sft", ["model.param_dtype (now float32)"]),
