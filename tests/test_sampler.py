@@ -108,6 +108,12 @@ def test_a_token_above_top_p_stands_alone(top_p):
     assert kept(jnp.exp(jnp.asarray(scores)), Sampling(top_p=top_p)).sum() == 1
 
 
+def test_top_p_ends_on_logits_that_are_not_numbers():
+    logits = jnp.zeros((2, V)).at[1].set(jnp.nan)
+    tokens, logps = draw(logits, jnp.full((2, 2), 0.5), Sampling(top_p=0.5))
+    assert 0 <= tokens[0] < V and logps[0] == pytest.approx(-np.log(V)) and np.isnan(logps[1])
+
+
 def test_never_a_token_of_weight_zero():
     """The extreme uniforms on rows with whole blocks of zero weight, first, middle and last."""
     edge = np.float32(1 - 2**-24)

@@ -141,7 +141,7 @@ def _into_nucleus(blocks: Array, wanted: Array, tokens: Array, uniforms: Array) 
         count, tokens, _ = state
         pivot = jnp.take_along_axis(flat, tokens[:, None], axis=-1)[:, None]
         above = mass_above(blocks, pivot)
-        inside = jnp.sum(above, axis=-1) < wanted
+        inside = ~(jnp.sum(above, axis=-1) >= wanted)  # of a row of NaN too, or it never ends
         fresh = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, count), (2,)))(keys)
         others = _inverse_cdf(blocks, fresh, above, pivot)
         return count + 1, jnp.where(inside, tokens, others), jnp.all(inside)
