@@ -180,7 +180,9 @@ def _transposed(tree: dict) -> dict:
     out: dict[str, Any] = {
         name: _transposed(x) if isinstance(x, dict) else x for name, x in tree.items()
     }
-    return out | {"transposed": out.pop("kernel").T} if "kernel" in out else out
+    if "kernel" in out:
+        out["transposed"] = out.pop("kernel").T
+    return out
 
 
 def _build_step(
