@@ -68,9 +68,10 @@ def test_other_surroundings_are_named(tmp_path: Path) -> None:
 
 
 class Installed(metadata.Distribution):
-    """A distribution with an origin."""
+    """A distribution with an origin, whose metadata lie in a folder."""
 
-    def __init__(self, name: str, origin: dict[str, Any]):
+    def __init__(self, name: str, origin: dict[str, Any], folder: Path = Path("/nowhere")):
+        self._folder = folder
         self._metadata = Message()
         self._metadata["Name"], self._metadata["Version"] = name, "1.0+cpu"
         self._origin = origin
@@ -83,24 +84,27 @@ class Installed(metadata.Distribution):
         return json.dumps(self._origin) if filename == "direct_url.json" else None
 
     def locate_file(self, path: object) -> Any:
-        raise NotImplementedError
+        return self._folder / str(path)
 
 
 def test_the_lock_names_what_pip_can_install_and_gives_nothing_away(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "pyproject.toml").touch()  # with an egg-info beside it, seen from there
     commit = {"vcs": "git", "commit_id": "c0ffee", "requested_revision": "main"}
     from_git = {"url": "https://me:t0ken@host/a/b.git", "vcs_info": commit, "subdirectory": "py"}
     found = [
         Installed("Zope.Interface", {}), Installed("b", from_git), Installed("pip", {}),
         Installed("mine", {"url": "file:///home/me/mine", "dir_info": {"editable": True}}),
         Installed("wheel_file", {"url": "file:///tmp/x.whl", "archive_info": {}}),
+        Installed("sources", {}, tmp_path),
     ]  # fmt: skip
     monkeypatch.setattr(metadata, "distributions", lambda: found)
     lines = provenance.requirements.__wrapped__().splitlines()
     assert lines[0].startswith("# Python 3.")
     assert lines[1:] == [
         "# mine 1.0+cpu: installed from a folder",
+        "# sources 1.0+cpu: installed from a folder",
         "b @ git+https://host/a/b.git@c0ffee#subdirectory=py",
         "wheel-file==1.0+cpu",
         "zope-interface==1.0+cpu",

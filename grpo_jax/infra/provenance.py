@@ -61,7 +61,7 @@ def requirements() -> str:
 
 def _requirement(name: str, found: importlib.metadata.Distribution) -> str:
     origin = json.loads(found.read_text("direct_url.json") or "{}")
-    if "dir_info" in origin:
+    if "dir_info" in origin or _beside_its_sources(found):
         return f"# {name} {found.version}: installed from a folder"
     if "vcs_info" in origin:
         url = urlsplit(origin["url"])  # a token may stand before the host
@@ -71,6 +71,12 @@ def _requirement(name: str, found: importlib.metadata.Distribution) -> str:
         folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
         return f"{name} @ {vcs['vcs']}+{place}{folder}"
     return f"{name}=={found.version}"
+
+
+def _beside_its_sources(found: importlib.metadata.Distribution) -> bool:
+    """As an editable installation leaves it, seen from the folder with the package's sources."""
+    folder = Path(str(found.locate_file("")))
+    return any((folder / name).exists() for name in ("pyproject.toml", "setup.cfg", "setup.py"))
 
 
 def package_changes(was: str, now: str) -> list[str]:
