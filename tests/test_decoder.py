@@ -111,7 +111,8 @@ def test_prefill_is_the_last_position(tiny, tiny_params, data, forward):
     wanted = np.asarray(forward(tiny_params, prompts, LENGTHS))[np.arange(P), LENGTHS - 1]
     np.testing.assert_allclose(hidden, wanted, atol=1e-5, rtol=0)
     c = tiny.config
-    assert kv.k.shape == kv.v.shape == (c.num_layers, P, c.num_kv_heads, S, c.head_dim)
+    heads = (c.num_layers, P, c.num_kv_heads)
+    assert kv.k.shape == (*heads, c.head_dim, S) and kv.v.shape == (*heads, S, c.head_dim)
 
 
 def test_remat_changes_neither_value_nor_gradient(tiny, tiny_params, data):

@@ -156,10 +156,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, pick(rotation, kind))
         seen = prompt_mask[:, None, None, None, None]
 
-        def head_major(a: Array) -> Array:
-            return jnp.swapaxes(a, -2, -3)
-
-        prefix = KV(head_major(k[:, :S]), head_major(v[:, :S]))
+        prefix = _kv(k[:, :S], v[:, :S])
         own = KV(prefix.k[:, None], prefix.v[:, None])
         out = self._attend(q[:, None, :S], own, self._causal(S, kind) & seen)[:, 0]
         if num_generations:
@@ -168,7 +165,7 @@ class Attention(nn.Module):
             def grouped(a: Array) -> Array:
                 return a[:, S:].reshape(P, num_generations, T, *a.shape[2:])
 
-            own = KV(head_major(grouped(k)), head_major(grouped(v)))
+            own = _kv(grouped(k), grouped(v))
             seen = seen & self._near(grouped(positions)[:, :, None, None, :, None], S, kind)
             rest = self._attend(grouped(q), own, self._causal(T, kind), (prefix, seen))
             out = jnp.concatenate([out, rest.reshape(P, num_generations * T, -1)], axis=1)
@@ -188,18 +185,15 @@ class Attention(nn.Module):
 
         Args:
           layout: the new tokens' positions [P, G] and the prompts' mask [P, S].
-          slot: int32 [], where the token goes in the cache, a ring [P, G, K, U, H].
+          slot: int32 [], where the token goes in the cache, a ring of U.
           age: int32 [P, G], tokens of the row in the cache with this one: the last that many.
         """
         rotation = jax.tree.map(lambda r: r[:, :, None], pick(layout.rotation, kind))
         q, k, v = self.project(x[:, :, None], rotation)
-
-        def write(buffer: Array, new: Array) -> Array:
-            new = jnp.swapaxes(new, 2, 3).astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=3)
-
-        cache = KV(write(cache.k, k), write(cache.v, v))
-        length = cache.k.shape[3]
+        new = _kv(k, v)
+        put = jax.lax.dynamic_update_slice_in_dim
+        cache = KV(put(cache.k, new.k, slot, axis=4), put(cache.v, new.v, slot, axis=3))
+        length = cache.v.shape[3]
         back = (slot - jnp.arange(length)) % length
         own = (back < age[..., None]) & (back < kind.window)
         seen = layout.prompt_mask[:, None, None, None, None]
@@ -224,6 +218,11 @@ class Attention(nn.Module):
         """bool [T, T]: a query sees itself and what is before it, within the window."""
         near = self._near(jnp.arange(length)[:, None], length, kind)
         return jnp.tril(jnp.ones((length, length), bool)) & near
+
+
+def _kv(k: Array, v: Array) -> KV:
+    """k, v [..., S, K, H] in a cache's order."""
+    return KV(jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2))
 
 
 class MLP(nn.Module):

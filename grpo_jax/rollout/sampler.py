@@ -40,7 +40,7 @@ class SamplingState(NamedTuple):
     logps: Array  # float32 [P, G, T]
     lengths: Array  # int32 [P, G]
     ended: Array  # bool [P, G], the last token is a stop
-    caches: list[KV]  # L times [P, W, K, T - 1, H], rings written at one place by all lanes
+    caches: list[KV]  # L times [P, W, ...], rings of T - 1 written at one place by all lanes
 
 
 def build_sampler(
@@ -83,7 +83,7 @@ def build_sampler(
             model.apply({"params": params}, prompt_ids, prompt_lengths, method="prefill"),
         )
         first = jnp.broadcast_to(last[:, None], (P, W, last.shape[-1]))
-        step = _build_step(model, params, prefix, prompt_lengths, prompt_mask)
+        step = _build_step(model, params, prefix, prompt_lengths, prompt_mask, T)
         uniforms = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (P, G, 2)))
         draws = jnp.moveaxis(uniforms(jnp.arange(T)), 0, 2)  # [P, G, T, 2]
 
@@ -117,8 +117,9 @@ def build_sampler(
             return append(state._replace(caches=caches), hidden)
 
         c = model.config
-        blank = jnp.zeros((P, W, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
-        blank = spread(blank, model.rows)
+        values = jnp.zeros((P, W, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
+        values = spread(values, model.rows)
+        blank = KV(jnp.swapaxes(values, -1, -2), values)
         zeros = jnp.zeros((P, W), jnp.int32)
         state = SamplingState(
             steps=jnp.zeros((), jnp.int32),
@@ -130,7 +131,7 @@ def build_sampler(
             logps=jnp.zeros((P, G, T), jnp.float32),
             lengths=jnp.zeros((P, G), jnp.int32),
             ended=jnp.zeros((P, G), bool),
-            caches=[KV(blank, blank) for _ in range(c.num_layers)],
+            caches=[blank for _ in range(c.num_layers)],
         )
         state = append(state, first)
         state = jax.lax.while_loop(lambda s: jnp.any(s.sample < G), body, state)
@@ -186,13 +187,20 @@ def _transposed(tree: dict) -> dict:
 
 
 def _build_step(
-    model: Decoder, params: dict, prefix: KV, prompt_lengths: Array, prompt_mask: jax.Array
+    model: Decoder,
+    params: dict,
+    prefix: KV,
+    prompt_lengths: Array,
+    prompt_mask: jax.Array,
+    max_new_tokens: int,
 ) -> Callable[[SamplingState], tuple[Array, list[KV]]]:
     """step(state) -> hidden [P, W, D] after the final norm, from the lanes' last tokens; caches."""
     c = model.config
     layer = DecoderLayer(c, model.dtype, rows=model.rows)
     norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
     kinds = c.layer_kinds()
+    # Looked up, for XLA would compute the cosines in every layer again, and for every head.
+    turns = all_rotations(c, jnp.arange(prompt_mask.shape[1] + max_new_tokens))
     per_layer = [
         jax.tree.map(lambda x, i=i: x[i], (params["layers"], prefix)) for i in range(c.num_layers)
     ]
@@ -202,8 +210,8 @@ def _build_step(
     def step(state: SamplingState) -> tuple[Array, list[KV]]:
         x = spread(scale_embedding(c, params["embed_tokens"]["embedding"][state.token]), model.rows)
         positions = jnp.asarray(prompt_lengths)[:, None] + jnp.maximum(state.age - 1, 0)
-        layout = Layout(positions, prompt_mask, all_rotations(c, positions))
-        slot = (state.steps - 1) % state.caches[0].k.shape[3]
+        layout = Layout(positions, prompt_mask, jax.tree.map(lambda x: x[:, positions], turns))
+        slot = (state.steps - 1) % state.caches[0].v.shape[3]
         updated = []
         layers = zip(per_layer, kinds, state.caches, strict=True)
         for (layer_params, layer_prefix), kind, cache in layers:
