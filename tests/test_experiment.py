@@ -35,7 +35,7 @@ def config() -> Config:
     cfg.evaluation.max_retention_rows = cfg.forgetting.rows = 16
     cfg.evaluation.max_retention_length = 32
     cfg.evaluation.bootstrap = 50
-    long = {"grpo.max_steps": 60, "reward.tau": 0.1}
+    long = {"grpo.max_steps": 40, "reward.tau": 0.1}
     cfg.forgetting.every = 2
     held = {"grpo.max_steps": 20, "grpo.forgetting_budget": 1e-3}
     cfg.arms = (
