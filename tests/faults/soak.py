@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import os
+import statistics
 import sys
 import tempfile
 import threading
@@ -73,8 +74,9 @@ def watch(seen: list[Seen], every: int) -> None:
 def judged(seen: list[Seen]) -> list[str]:
     """What grew, a stage at a time: the last quarter behind the warm-up against the first.
 
-    What is counted is held against the quarter before the last, for what grows with the steps grows
-    from any quarter to the next.
+    Of memory it is the median, for a save in the background holds some of it for a moment. What is
+    counted is held against the quarter before the last: what grows with the steps grows from any
+    quarter to the next.
     """
     problems = []
     for stage in dict.fromkeys(s.stage for s in seen):
@@ -82,12 +84,16 @@ def judged(seen: list[Seen]) -> list[str]:
         own = own[int(WARM * len(own)) :]
         quarter = len(own) // 4
         first, third, last = own[:quarter], own[-2 * quarter : -quarter], own[-quarter:]
-        for name in ("megabytes", "arrays", "compiled", "files", "threads"):
-            before = max(getattr(s, name) for s in (first if name == "megabytes" else third))
-            after = max(getattr(s, name) for s in last)
-            allowed = before + {"megabytes": GROWTH * before, "threads": STARTED}.get(name, 0)
-            if after > allowed:
-                problems.append(f"{stage}: {name} grew from {before:.0f} to {after:.0f}")
+        before, after = (statistics.median(s.megabytes for s in part) for part in (first, last))
+        found = [("megabytes", before, after, GROWTH * before)]
+        for name in ("arrays", "compiled", "files", "threads"):
+            before, after = (max(getattr(s, name) for s in part) for part in (third, last))
+            found.append((name, before, after, STARTED if name == "threads" else 0))
+        problems += [
+            f"{stage}: {name} grew from {before:.0f} to {after:.0f}"
+            for name, before, after, allowed in found
+            if after > before + allowed
+        ]
     return problems
 
 
