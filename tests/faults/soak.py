@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import os
-import statistics
 import sys
 import tempfile
 import threading
@@ -74,9 +73,9 @@ def watch(seen: list[Seen], every: int) -> None:
 def judged(seen: list[Seen]) -> list[str]:
     """What grew, a stage at a time: the last quarter behind the warm-up against the first.
 
-    Of memory it is the median, for a save in the background holds some of it for a moment. What is
-    counted is held against the quarter before the last: what grows with the steps grows from any
-    quarter to the next.
+    Of memory it is the least, for a save in the background holds some of it for a while, and what
+    leaks is never given back. What is counted is held against the quarter before the last: what
+    grows with the steps grows from any quarter to the next.
     """
     problems = []
     for stage in dict.fromkeys(s.stage for s in seen):
@@ -84,7 +83,7 @@ def judged(seen: list[Seen]) -> list[str]:
         own = own[int(WARM * len(own)) :]
         quarter = len(own) // 4
         first, third, last = own[:quarter], own[-2 * quarter : -quarter], own[-quarter:]
-        before, after = (statistics.median(s.megabytes for s in part) for part in (first, last))
+        before, after = (min(s.megabytes for s in part) for part in (first, last))
         found = [("megabytes", before, after, GROWTH * before)]
         for name in ("arrays", "compiled", "files", "threads"):
             before, after = (max(getattr(s, name) for s in part) for part in (third, last))
