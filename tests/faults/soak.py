@@ -127,7 +127,7 @@ def main() -> int:
         cfg.sft.max_steps = cfg.grpo.max_steps = half
         cfg.sft.epochs = cfg.grpo.epochs = 1e9
         cfg.sft.eval_every = cfg.grpo.eval_every = max(1, half // 20)
-        cfg.checkpoint.every = max(1, half // 50)
+        cfg.checkpoint.every = max(1, half // 200)
         cfg.log.samples_every = 10
         seen: list[Seen] = []
         watch(seen, max(1, half // 100))
