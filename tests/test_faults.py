@@ -108,16 +108,12 @@ def test_the_harness_sees_what_is_half_visible(left: tuple[Path, Path]) -> None:
 def test_the_soak_sees_what_grows() -> None:
     flat = [soak.Seen("sft", step, 500.0, 90, 40, 30, 20, 1.0) for step in range(1, 101)]
     assert soak.judged(flat) == []
-    rising = [
-        s._replace(megabytes=500 + s.step, files=30 + s.step // 50, threads=20 + s.step // 5)
-        for s in flat
-    ]
+    rising = [s._replace(megabytes=500 + s.step, files=30 + s.step // 50) for s in flat]
     assert soak.judged(rising) == [
-        "sft: megabytes grew from 521 to 581",
-        "sft: files grew from 31 to 32",
-        "sft: threads grew from 36 to 40",
+        "sft: megabytes grew from 540 to 600",
+        "sft: files grew from 30 to 32",
     ]
-    warm = [s._replace(compiled=min(s.step, 15), threads=20 + s.step // 25) for s in flat]
+    warm = [s._replace(compiled=min(s.step, 15)) for s in flat]
     assert soak.judged(warm) == []
 
 

@@ -165,8 +165,8 @@ def attention(
     if prefix is not None:
         weights = jnp.exp(past - top)
         total = total + jnp.sum(weights, axis=-1)
-        past = jnp.einsum("PGKRTS,PKSH->PKGRTH", weights.astype(q.dtype), shared.v)
-        out = out + jnp.swapaxes(past, 1, 2)
+        read = jnp.einsum("PGKRTS,PKSH->PKGRTH", weights.astype(q.dtype), shared.v)
+        out = out + jnp.swapaxes(read, 1, 2)
     out = (out.astype(jnp.float32) / total[..., None]).astype(q.dtype)
     return jnp.moveaxis(out, 4, 2).reshape(P, G, T, N * H)
 

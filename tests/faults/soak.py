@@ -24,7 +24,6 @@ from tests.faults.attempts import prepare
 
 GROWTH = 0.02  # of the memory after the warm-up
 WARM = 0.2  # of a stage's steps
-STARTED = 2  # threads that pools may start in a quarter, which they do when none of theirs is idle
 
 
 class Seen(NamedTuple):
@@ -71,28 +70,18 @@ def watch(seen: list[Seen], every: int) -> None:
 
 
 def judged(seen: list[Seen]) -> list[str]:
-    """What grew, a stage at a time: the last quarter behind the warm-up against the first.
-
-    Of memory it is the least, for a save in the background holds some of it for a while, and what
-    leaks is never given back. What is counted is held against the quarter before the last: what
-    grows with the steps grows from any quarter to the next.
-    """
+    """What grew, a stage at a time: the last fifth against the first behind the warm-up."""
     problems = []
     for stage in dict.fromkeys(s.stage for s in seen):
         own = [s for s in seen if s.stage == stage]
         own = own[int(WARM * len(own)) :]
-        quarter = len(own) // 4
-        first, third, last = own[:quarter], own[-2 * quarter : -quarter], own[-quarter:]
-        before, after = (min(s.megabytes for s in part) for part in (first, last))
-        found = [("megabytes", before, after, GROWTH * before)]
-        for name in ("arrays", "compiled", "files", "threads"):
-            before, after = (max(getattr(s, name) for s in part) for part in (third, last))
-            found.append((name, before, after, STARTED if name == "threads" else 0))
-        problems += [
-            f"{stage}: {name} grew from {before:.0f} to {after:.0f}"
-            for name, before, after, allowed in found
-            if after > before + allowed
-        ]
+        first, last = own[: len(own) // 4], own[-(len(own) // 4) :]
+        for name in ("megabytes", "arrays", "compiled", "files", "threads"):
+            before = max(getattr(s, name) for s in first)
+            after = max(getattr(s, name) for s in last)
+            allowed = before * (1 + GROWTH) if name == "megabytes" else before
+            if after > allowed:
+                problems.append(f"{stage}: {name} grew from {before:.0f} to {after:.0f}")
     return problems
 
 
