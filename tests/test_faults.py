@@ -106,13 +106,17 @@ def test_the_harness_sees_what_is_half_visible(left: tuple[Path, Path]) -> None:
 
 
 def test_the_soak_sees_what_grows() -> None:
-    flat = [soak.Seen("sft", step, 500.0, 90, 40, 30, 20, 1.0) for step in range(1, 101)]
+    flat = [soak.Seen("sft", step, 500.0, 90, 40, 30, 20, 21, 1.0) for step in range(1, 101)]
     assert soak.judged(flat) == []
     rising = [s._replace(megabytes=500 + s.step, files=30 + s.step // 50) for s in flat]
     assert soak.judged(rising) == [
         "sft: megabytes grew from 540 to 600",
         "sft: files grew from 30 to 32",
     ]
+    pool = [s._replace(tasks=21 + (s.step > 50) * 2) for s in flat]
+    assert soak.judged(pool) == []
+    leaking = [s._replace(threads=20 + s.step // 50, tasks=21 + s.step // 10) for s in flat]
+    assert [line.split()[1] for line in soak.judged(leaking)] == ["threads", "tasks"]
     warm = [s._replace(compiled=min(s.step, 15)) for s in flat]
     assert soak.judged(warm) == []
 
