@@ -40,6 +40,7 @@ import jax.numpy as jnp
 
 from grpo_jax import config
 from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.learn import logps
 from grpo_jax.learn.objectives import build_grpo_loss
 from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import build_logps, build_update
@@ -166,9 +167,9 @@ def compiled(case: Case, cfg: config.Config, phase: str, devices: list[Any]) -> 
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
-def predicted(case: Case, cfg: config.Config, phase: str, slices: bool) -> float:
+def predicted(case: Case, cfg: config.Config, phase: str, backend: str) -> float:
     """The same of the plan: the phase's own and those held trees that the program is given."""
-    found = memory(cfg, case.model, trees(cfg, case.model), Split(*case.mesh), slices=slices)
+    found = memory(cfg, case.model, trees(cfg, case.model), Split(*case.mesh), backend=backend)
     frozen = "frozen model (base)" if case.rank else "reference copy"
     given = {
         "sampling": ("trained parameters", frozen) if case.rank else ("trained parameters",),
@@ -179,7 +180,7 @@ def predicted(case: Case, cfg: config.Config, phase: str, slices: bool) -> float
 
 
 def compare(
-    case: Case, devices: list[Any], slices: bool, dtype: str, param_dtype: str = "float32"
+    case: Case, devices: list[Any], backend: str, dtype: str, param_dtype: str = "float32"
 ) -> list[tuple[str, float, float, float]]:
     """(phase, predicted bytes, compiled bytes, seconds it took to compile) of a case."""
     cfg = settings(case, dtype, param_dtype)
@@ -187,7 +188,7 @@ def compare(
     for phase in case.phases:
         began = time.monotonic()
         actual = compiled(case, cfg, phase, devices)
-        guess = predicted(case, cfg, phase, slices)
+        guess = predicted(case, cfg, phase, backend)
         rows.append((phase, guess, float(actual), time.monotonic() - began))
     return rows
 
@@ -217,8 +218,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help="of --full: LoRA's")
     parser.add_argument("--phases", default="reference,update", help="of --full")
     flags = parser.parse_args()
-    devices = list(jax.devices())
+    devices, backend = list(jax.devices()), "cpu"
     if flags.topology:
+        backend = "tpu"
+        logps.LOGITS["cpu"] = logps.LOGITS["tpu"]  # what is traced here runs there
         from jax.experimental import topologies
 
         devices = list(topologies.get_topology_desc(flags.topology, platform="tpu").devices)
@@ -228,7 +231,7 @@ def main() -> None:
     for case in cases:
         if flags.only in case.name:
             for phase, guess, actual, seconds in compare(
-                case, devices, not flags.topology, dtype, flags.param_dtype
+                case, devices, backend, dtype, flags.param_dtype
             ):
                 print(
                     f"| {case.name} | {phase} | {guess / 1e6:,.1f} | {actual / 1e6:,.1f} | "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -57,8 +60,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
-    with whole.machine(base):
-        main.train(config(), str(base / "tax"))
+    """Of a run in a process of its own: one device, and XLA optimises, for here steps take time."""
+    file = base / "tax.py"
+    file.write_text("from tests.test_experiment import config as get_config\n")
+    command = [sys.executable, "-m", "grpo_jax.main", f"--config={file}"]
+    command += [f"--workdir={base / 'tax'}"]
+    environ = os.environ | {"XLA_FLAGS": "", "GRPO_JAX_CACHE": str(base / "cache")}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return base / "tax"
 
 

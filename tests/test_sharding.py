@@ -88,7 +88,7 @@ def steps(shallow):
     def get(split: tuple[int, int, int]) -> Step:
         if split not in done:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(head_lib, "LOGITS", 8 * 300)
+                patch.setitem(head_lib.LOGITS, "cpu", 8 * 300)
                 done[split] = run_step(*shallow, split)
         return done[split]
 

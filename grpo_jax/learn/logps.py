@@ -25,7 +25,10 @@ from grpo_jax.learn.objectives import LossFn, Stats, Tokens
 from grpo_jax.models.layers import even, softcap
 from grpo_jax.structs import Array
 
-LOGITS = 2**24  # numbers among the logits that a device has at one time: 64 MiB
+# Numbers among the logits that a device has at one time: 32 MiB or 512 MiB. A product with a
+# chunk's tokens reads the whole head, and the head's gradient is read and written once a chunk:
+# accelerators need hundreds of tokens to be bound by arithmetic, and caches of CPUs hold megabytes.
+LOGITS = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -55,8 +58,8 @@ def token_logps(
 
     def chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = _scores(hidden, head, cap) / temperature
-        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
-        mean_score = jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
+        shares, log_normaliser = _normalise(scores)
+        mean_score = jnp.sum(shares * scores, axis=-1) / jnp.sum(shares, axis=-1)
         return _at(scores, targets) - log_normaliser, log_normaliser - mean_score
 
     return _in_chunks(chunk, rows, (head,), hidden, targets)
@@ -167,22 +170,33 @@ def _loss_and_flow(
         hidden, targets, tokens = xs
         capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
-        log_normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        probs = jnp.exp(scores - log_normaliser)
-        logps = _at(scores, targets) - log_normaliser[:, 0]
-        entropy = log_normaliser[:, 0] - jnp.sum(probs * scores, axis=-1)
-        value = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, stats), slope = value(logps, entropy, tokens)
-        is_target = jnp.arange(table.shape[0]) == targets[:, None]
-        flow = (slope / temperature)[:, None] * (is_target - probs)
+        shares, log_normaliser = _normalise(scores)
+        logps = _at(scores, targets) - log_normaliser
+        shares = shares.astype(hidden.dtype)
+        total = jnp.sum(shares, axis=-1, dtype=jnp.float32)  # as rounded, so that they make one
         if cap:
-            flow = flow * (1.0 - (capped / cap) ** 2)
-        flow = flow.astype(hidden.dtype)
-        to_table = _matmul("tv,td->vd", flow, hidden)
+            mean_score = jnp.sum(shares * scores, axis=-1) / total
+            by_logit = 1.0 - (capped / cap) ** 2
+            shares = (shares * by_logit).astype(hidden.dtype)
+            pull = _at(by_logit, targets)[:, None]  # of the target's score by its logit
+            drawn = _matmul("tv,vd->td", shares, table) / total[:, None]
+        else:  # scores are linear: their mean is the score of the expected row
+            pull = jnp.ones((len(targets), 1))
+            drawn = _matmul("tv,vd->td", shares, table) / total[:, None]
+            mean_score = jnp.sum(drawn * hidden, axis=-1) / temperature
+        value = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, stats), slope = value(logps, log_normaliser - mean_score, tokens)
+        slope = (slope / temperature)[:, None]
+        # The gradient by the scores, slope (1[target] - shares / total), is never written: a row's
+        # factors go to the other side of the products, and targets are added by themselves.
+        pushed = (slope / total[:, None] * hidden).astype(hidden.dtype)
+        to_table = jnp.subtract(sums.table, _matmul("tv,td->vd", shares, pushed))
+        to_table = to_table.at[targets].add(slope * pull * hidden)
         means = jax.tree.map(jnp.add, sums.stats.means, stats.means)
         maxima = jax.tree.map(jnp.maximum, sums.stats.maxima, stats.maxima)
-        sums = _Sums(sums.loss + loss, Stats(means, maxima), sums.table + to_table)
-        return sums, _matmul("tv,vd->td", flow, table).astype(hidden.dtype)
+        to_hidden = slope * (pull * table[targets] - drawn)
+        sums = _Sums(sums.loss + loss, Stats(means, maxima), to_table)
+        return sums, to_hidden.astype(hidden.dtype)
 
     def share(table: Array, xs: tuple) -> tuple[_Sums, Array]:
         chunks = work.chunks(xs[1].shape)
@@ -247,6 +261,13 @@ def _scores(hidden: Array, head: Array, cap: float) -> Array:
     return softcap(_matmul("td,dv->tv", hidden, head), cap)
 
 
+def _normalise(scores: Array) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - their maximum), [t, V], and the logarithm of the sum of exp(scores), [t]."""
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    shares = jnp.exp(scores - top)
+    return shares, jnp.log(jnp.sum(shares, axis=-1)) + top[:, 0]
+
+
 def _at(scores: Array, targets: Array) -> Array:
     return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
 
@@ -287,7 +308,13 @@ class _Shares(NamedTuple):
 
     def chunks(self, lead: tuple[int, ...]) -> _Chunks:
         """Of one device's tokens."""
-        return _Chunks(lead, -(-math.prod(lead) // max(1, LOGITS // self.vocab_size)))
+        return _Chunks(
+            lead,
+            -(
+                -math.prod(lead)
+                // max(1, LOGITS.get(jax.default_backend(), LOGITS["gpu"]) // self.vocab_size)
+            ),
+        )
 
     def together(self, sums: _Sums) -> _Sums:
         """The sums of all devices, inside `run`."""

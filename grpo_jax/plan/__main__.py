@@ -62,7 +62,7 @@ def plan(
     shapes = trees(cfg, architecture)
     encoded, notes = encoders(cfg, encoder_config)
     arguments = (architecture, shapes, device)
-    there = Devices(count, device.local(count), usable, slices=not device.is_tpu)
+    there = Devices(count, device.local(count), usable, backend=device.backend)
     configured: dict[str, Any]
     try:
         split, _ = choose(cfg.mesh, [(cfg, "grpo")], architecture, there, encoded)
@@ -100,7 +100,7 @@ def _notes(device: Device, count: int, best: Plan, memory_gib: float) -> list[st
     notes = []
     if best.split.fsdp > 1:
         notes.append("sampling gathers the model along mesh.fsdp, in the compute dtype")
-    if not device.is_tpu and device.kind != "cpu" and not memory_gib:
+    if device.backend == "gpu" and not memory_gib:
         notes.append("JAX takes 75% of a GPU; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives it more")
     if device.kind in ("v4", "v5p"):
         notes.append(f"Google calls {count} chips {device.kind}-{2 * count}, counting cores")

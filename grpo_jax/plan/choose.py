@@ -26,7 +26,7 @@ class Devices:
     count: int  # of all processes
     local: int  # of each process
     usable: float = 0.0  # bytes that a program may use of one; 0: unknown
-    slices: bool = False  # as plan.memory has it
+    backend: str = "tpu"  # as plan.memory has it
 
 
 def choose(
@@ -167,7 +167,7 @@ def _peak(
     def peak(split: Split) -> float:
         most = 0.0
         for step, shapes in steps:
-            found = memory(step.cfg, c, shapes, split, encoders, devices.slices)
+            found = memory(step.cfg, c, shapes, split, encoders, devices.backend)
             most = max(most, *map(found.total, step.phases))
         return most
 

@@ -31,8 +31,9 @@ class Device:
     source: str
 
     @property
-    def is_tpu(self) -> bool:
-        return self.kind.startswith("v")
+    def backend(self) -> str:
+        """As jax.default_backend() says there."""
+        return "cpu" if self.kind == "cpu" else "tpu" if self.kind.startswith("v") else "gpu"
 
     def local(self, count: int) -> int:
         """Devices of each process, one a host, of a run on `count` of them."""

@@ -111,7 +111,7 @@ def memory(
     trees: Trees,
     split: Split,
     encoders: float = 0.0,
-    slices: bool = False,
+    backend: str = "tpu",
 ) -> Memory:
     """The memory of a GRPO stage on one device of a mesh.
 
@@ -120,8 +120,9 @@ def memory(
       architecture, trees: of plan.model.
       split: the mesh.
       encoders: bytes of the encoder and the judge; they are on the first device of each process.
-      slices: whether the backend copies each layer's weights out of gathered ones once more to
-        sample. On CPU it does, on TPU not (seen from its compiler); GPUs are taken for the former.
+      backend: cpu, gpu or tpu, as jax.default_backend() says. TPUs do not copy each layer's weights
+        out of gathered ones once more to sample (seen from their compiler); CPUs do, and GPUs are
+        taken to. Chunks of logits are smaller on CPU.
     """
     batch = Batch.of(cfg)
     rank = cfg.model.lora.rank
@@ -138,13 +139,13 @@ def memory(
     first = _share(split, trees, "base")
     phases = {
         "open": {"start weights": first, **held},
-        "sampling": _sampling(cfg, architecture, trees, split, batch, slices),
+        "sampling": _sampling(cfg, architecture, trees, split, batch, backend),
     }
     if not rank:  # the state takes the start weights' place
         phases["open"]["start weights"] = 0.0
     if cfg.grpo.beta > 0:
-        phases["reference"] = _forward(cfg, architecture, split, batch)
-    phases["update"] = _update(cfg, architecture, trees, split, batch)
+        phases["reference"] = _forward(cfg, architecture, split, batch, backend)
+    phases["update"] = _update(cfg, architecture, trees, split, batch, backend)
     return Memory(held, phases)
 
 
@@ -157,7 +158,7 @@ def _rows(prompts: int, split: Split) -> int:
 
 
 def _sampling(
-    cfg: Config, c: DecoderConfig, trees: Trees, split: Split, batch: Batch, slices: bool
+    cfg: Config, c: DecoderConfig, trees: Trees, split: Split, batch: Batch, backend: str
 ) -> dict[str, float]:
     width = jnp.dtype(cfg.model.dtype).itemsize
     p = _rows(batch.P, split)
@@ -174,7 +175,7 @@ def _sampling(
     tied = c.vocab_size * c.hidden_size * width * c.tie_word_embeddings / t
     return {
         "gathered weights": whole * copied,
-        "layers' slices, output matrix": layers * (slices or not copied) + tied,
+        "layers' slices, output matrix": layers * (backend != "tpu" or not copied) + tied,
         "prompts' KV cache": float(kv * batch.S),
         "lanes' KV cache": float(kv * batch.W * max(batch.T - 1, 1)),
         "prefill or draw": max(prefill, drawn),
@@ -182,21 +183,23 @@ def _sampling(
     }
 
 
-def _forward(cfg: Config, c: DecoderConfig, split: Split, batch: Batch) -> dict[str, float]:
+def _forward(
+    cfg: Config, c: DecoderConfig, split: Split, batch: Batch, backend: str
+) -> dict[str, float]:
     """The reference's log-probs: a forward pass whose intermediates live for one layer."""
     p = _rows(batch.P // batch.micro, split)
     width = jnp.dtype(cfg.model.dtype).itemsize
     per_layer = _layer_bytes(c, cfg, p, batch.S, batch.G, batch.T, split.tensor)
     return {
         "activations": p * batch.packed * c.hidden_size * width + per_layer * FORWARD_SHARE,
-        "logits chunk": _chunk(c, p, batch, split),
+        "logits chunk": _chunk(c, p, batch, split, backend),
         "output matrix": c.vocab_size * c.hidden_size * width * (split.fsdp > 1) / split.tensor,
         "gathered layer": _gathered(cfg, c, split),
     }
 
 
 def _update(
-    cfg: Config, c: DecoderConfig, trees: Trees, split: Split, batch: Batch
+    cfg: Config, c: DecoderConfig, trees: Trees, split: Split, batch: Batch, backend: str
 ) -> dict[str, float]:
     p = _rows(batch.P // (batch.mini * batch.micro), split)
     width = jnp.dtype(cfg.model.dtype).itemsize
@@ -212,7 +215,7 @@ def _update(
     table = whole * width * (split.devices > 1 or width != 4)
     if not cfg.model.lora.rank:
         table += whole * 4  # the head's gradient adds up over the chunks
-    head = _chunk(c, p, batch, split) * LOGIT_COPIES + table
+    head = _chunk(c, p, batch, split, backend) * LOGIT_COPIES + table
     working = layer * (1.0 if cfg.model.remat else NO_REMAT_EXTRA) + _gathered(cfg, c, split, 2)
     return {
         "gradients": gradients,
@@ -232,11 +235,11 @@ def _share(split: Split, trees: Trees, name: str) -> float:
     return split.local(getattr(trees, name))
 
 
-def _chunk(c: DecoderConfig, p: int, batch: Batch, split: Split) -> float:
+def _chunk(c: DecoderConfig, p: int, batch: Batch, split: Split, backend: str) -> float:
     """Bytes of a device's logits of one chunk: never more than learn.logps.LOGITS numbers."""
     tokens = p * batch.G * batch.T
     vocab = c.vocab_size // (1 if c.vocab_size % split.tensor else split.tensor)
-    chunks = -(-tokens // max(1, logps.LOGITS // vocab))
+    chunks = -(-tokens // max(1, logps.LOGITS[backend] // vocab))
     return -(-tokens // chunks) * vocab * 4.0
 
 

@@ -51,7 +51,7 @@ def evaluate(
     usable: float,
 ) -> Plan:
     """The plan of a configuration as it stands."""
-    found = memory(cfg, c, trees, split, encoders, slices=not device.is_tpu)
+    found = memory(cfg, c, trees, split, encoders, backend=device.backend)
     g = cfg.grpo
     fits = found.peak <= usable * ROOM
     return Plan(

@@ -274,7 +274,7 @@ def _place(
         len(devices),
         len(devices) // jax.process_count(),
         usable,
-        slices=jax.default_backend() != "tpu",
+        backend=jax.default_backend(),
     )
     held = encoders(cfg)[0] if usable else 0.0
     split, reason = choose(cfg.mesh, arms or [(cfg, "evaluate")], base.config, found, held)
