@@ -80,6 +80,7 @@ class Peers:
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
         for rank, line in self._peers.items():
+            self._hear(rank, line.unread)
             selector.register(line.socket, selectors.EVENT_READ, rank)
         while selector.get_map():
             for key, _ in selector.select():
@@ -95,13 +96,16 @@ class Peers:
                             "again and the run goes on from its last checkpoint"
                         )
                     continue
-                for message in messages:
-                    if "failed" in message:
-                        self._stop(message["failed"])
-                    elif self.rank == 0:
-                        self._finished(rank)
-                    else:
-                        self._all_done.set()
+                self._hear(rank, messages)
+
+    def _hear(self, rank: int, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if "failed" in message:
+                self._stop(message["failed"])
+            elif self.rank == 0:
+                self._finished(rank)
+            else:
+                self._all_done.set()
 
     def _finished(self, rank: int) -> None:
         with self._lock:
@@ -132,6 +136,7 @@ class Line:
 
     def __init__(self, connection: socket.socket):
         self.socket = connection
+        self.unread: list[dict[str, Any]] = []  # that came with the last of the roll call
         self._rest = b""
         connection.settimeout(PATIENCE)
 

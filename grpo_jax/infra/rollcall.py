@@ -161,7 +161,9 @@ def _until(line: Line, end: float) -> Iterator[dict[str, Any]]:
             break
         finally:
             line.socket.settimeout(GRACE)
-        yield from messages
+        for i, message in enumerate(messages):
+            line.unread = messages[i + 1 :]
+            yield message
 
 
 def _listen(address: str) -> socket.socket:
