@@ -40,7 +40,7 @@ import jax.numpy as jnp
 
 from grpo_jax import config
 from grpo_jax.infra import mesh as mesh_lib
-from grpo_jax.learn import logps
+from grpo_jax.learn import chunks
 from grpo_jax.learn.objectives import build_grpo_loss
 from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import build_logps, build_update
@@ -221,7 +221,7 @@ def main() -> None:
     devices, backend = list(jax.devices()), "cpu"
     if flags.topology:
         backend = "tpu"
-        logps.LOGITS["cpu"] = logps.LOGITS["tpu"]  # what is traced here runs there
+        chunks.LOGITS["cpu"] = chunks.LOGITS["tpu"]  # what is traced here runs there
         from jax.experimental import topologies
 
         devices = list(topologies.get_topology_desc(flags.topology, platform="tpu").devices)

@@ -14,43 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tax_tiny
 from grpo_jax import main
-from grpo_jax.config import Arm, Config
 from grpo_jax.evals import report
 from grpo_jax.infra.files import read_jsonl
 from grpo_jax.infra.workdir import Workdir
 from grpo_jax.stages import run as run_lib
 from grpo_jax.stages import weights
-from tests import whole
-
-LEARNING = ("grpo", "grpo-shuffled")  # arms that train long enough to be told apart
-
-
-def config() -> Config:
-    """configs/tax_tiny.py in seconds: a cold start that knows half, most arms two steps."""
-    cfg = tax_tiny.get_config()
-    cfg.model.remat = False
-    cfg.encoder.batch_size, cfg.encoder.max_length = 8, 16
-    cfg.sft.optimizer.schedule = "constant"
-    cfg.grpo.max_steps = 2
-    cfg.evaluation.max_rows = cfg.evaluation.batch_size = 32
-    cfg.evaluation.max_retention_rows = cfg.forgetting.rows = 16
-    cfg.evaluation.max_retention_length = 32
-    cfg.evaluation.bootstrap = 50
-    long = {"grpo.max_steps": 40, "reward.tau": 0.1}
-    cfg.forgetting.every = 2
-    held = {"grpo.max_steps": 20, "grpo.forgetting_budget": 1e-3}
-    cfg.arms = (
-        *(
-            dataclasses.replace(arm, overrides=arm.overrides | long)
-            if arm.name in LEARNING
-            else arm
-            for arm in cfg.arms
-        ),
-        Arm("held", "grpo", "cold", overrides=held),
-    )
-    return cfg
+from tests import tax_short, whole
+from tests.tax_short import LEARNING
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
     """Of a run in a process of its own: one device, and XLA optimises, for here steps take time."""
-    file = base / "tax.py"
-    file.write_text("from tests.test_experiment import config as get_config\n")
-    command = [sys.executable, "-m", "grpo_jax.main", f"--config={file}"]
+    command = [sys.executable, "-m", "grpo_jax.main", f"--config={tax_short.__file__}"]
     command += [f"--workdir={base / 'tax'}"]
-    environ = os.environ | {"XLA_FLAGS": "", "GRPO_JAX_CACHE": str(base / "cache")}
+    environ = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "GRPO_JAX_CACHE": str(base / "cache"),
+    }
+    environ.pop("PJRT_NPROC", None)
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -78,7 +53,7 @@ def evaluation(folder: Path, name: str) -> dict:
 
 def test_every_arm_is_trained_measured_and_paid_for(folder: Path) -> None:
     rows = read_jsonl(folder / "metrics.jsonl")
-    for arm in config().arms:
+    for arm in tax_short.get_config().arms:
         found = evaluation(folder, arm.name)
         assert (found["method"], found["group"]) == (arm.method, arm.group)
         assert {"value", "low", "high"} <= found["target"]["chrf++"].keys()
@@ -143,7 +118,7 @@ def test_self_sft_learns_from_its_best_samples_only(folder: Path) -> None:
 
 
 def test_interpolated_weights_lie_between(base: Path, folder: Path) -> None:
-    cfg = config()
+    cfg = tax_short.get_config()
     with whole.machine(base):
         workdir = Workdir.open(folder, cfg)
         run = run_lib.open_run(cfg, workdir)
@@ -159,7 +134,7 @@ def test_the_page_shows_both_groups_and_what_arms_cost(folder: Path) -> None:
     found = report.read(folder)
     assert {entry["group"] for entry in found["tax"]} == {"", "transfer"}
     names = [arm["name"] for arm in found["arms"]]
-    assert {arm.name for arm in config().arms} < {*names} and "base@transfer" in names
+    assert {arm.name for arm in tax_short.get_config().arms} < {*names} and "base@transfer" in names
     assert found["costs"]["grpo"]["total_seconds"] > found["costs"]["grpo"]["seconds"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "grpo-shuffled" in page and "cold-transfer" in page
@@ -168,7 +143,7 @@ def test_the_page_shows_both_groups_and_what_arms_cost(folder: Path) -> None:
 def test_what_is_done_is_not_done_again_and_arms_can_be_added(base: Path, folder: Path) -> None:
     copy = base / "tax-more"
     shutil.copytree(folder, copy)
-    cfg = config()
+    cfg = tax_short.get_config()
     more = dataclasses.replace(cfg.arms[0], name="colder", overrides={"sft.max_steps": 1})
     cfg.arms = (*cfg.arms, more)
     before = read_jsonl(copy / "metrics.jsonl")
@@ -177,5 +152,5 @@ def test_what_is_done_is_not_done_again_and_arms_can_be_added(base: Path, folder
     rows = read_jsonl(copy / "metrics.jsonl")
     assert rows[: len(before)] == before
     assert [row["stage"] for row in rows[len(before) :]] == ["colder"]
-    for arm in config().arms:
+    for arm in tax_short.get_config().arms:
         assert evaluation(copy, arm.name) == evaluation(folder, arm.name)

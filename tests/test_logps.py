@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from grpo_jax.config import GRPO, Mesh
 from grpo_jax.infra.mesh import batch_sharding, make_mesh, param_shardings
-from grpo_jax.learn import logps as head_lib
+from grpo_jax.learn import chunks
 from grpo_jax.learn.logps import forward_kl, loss_of_tokens, token_choices, token_logps
 from grpo_jax.learn.objectives import Tokens, build_grpo_loss, build_sft_loss
 
@@ -33,7 +33,7 @@ def direct_logps(hidden, kernel, targets, temperature):
 
 @pytest.mark.parametrize("lead", [(3, 2, 5), (2, 550)], ids=["less than a chunk", "three chunks"])
 def test_chunked_head_equals_the_unchunked(monkeypatch, lead):
-    monkeypatch.setitem(head_lib.LOGITS, "cpu", 512 * 50)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 512 * 50)
     hidden, kernel, targets = head_inputs(lead)
     weights = jnp.cos(jnp.arange(targets.size).reshape(lead))
 
@@ -58,7 +58,7 @@ def test_chunked_head_equals_the_unchunked(monkeypatch, lead):
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
     """Loss, metrics and both gradients, over chunks the last of which is not full."""
-    monkeypatch.setitem(head_lib.LOGITS, "cpu", 16 * 50)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 16 * 50)
     hidden, kernel, targets = head_inputs((2, 3, 7))
     rng = np.random.default_rng(1)
     near = token_logps(hidden, kernel, targets, 0.7, cap)[0]
@@ -93,7 +93,7 @@ def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
 )
 def test_the_head_on_a_mesh_is_that_of_one_device(monkeypatch, split):
     """Log-probs and their gradients, choices and KL; each device has chunks of its own."""
-    monkeypatch.setitem(head_lib.LOGITS, "cpu", 8 * 50)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 8 * 50)
     hidden, kernel, targets = head_inputs((4, 3, 7))
     mesh = make_mesh(Mesh(*split))
 
@@ -118,7 +118,7 @@ def test_the_head_on_a_mesh_is_that_of_one_device(monkeypatch, split):
 @pytest.mark.parametrize("passes", [1, 2])
 def test_logits_of_all_tokens_never_exist(monkeypatch, vocab, passes):
     """No array of the gradient's program, loops included, grows with tokens x vocabulary."""
-    monkeypatch.setitem(head_lib.LOGITS, "cpu", 500 * 60)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 500 * 60)
     hidden, kernel, targets = head_inputs((4, 300), vocab=vocab)
 
     def loss(hidden, kernel):
@@ -141,7 +141,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, vocab, passes):
 @pytest.mark.parametrize("kernel_dtype", [jnp.float32, jnp.bfloat16])
 def test_the_head_gradient_of_bfloat16_adds_up_in_float32(monkeypatch, kernel_dtype):
     """Many chunks that each add a little: a bfloat16 sum stalls at 256 times a chunk's share."""
-    monkeypatch.setitem(head_lib.LOGITS, "cpu", 4 * 20)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 4 * 20)
     row, kernel, targets = head_inputs((1,), vocab=20)
     count = 4 * 800
     hidden = jnp.broadcast_to(row.astype(jnp.bfloat16), (count, 8))

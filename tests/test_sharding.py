@@ -16,7 +16,7 @@ from benchmarks import hlo
 from benchmarks.scaling import offences
 from grpo_jax import config
 from grpo_jax.infra import mesh as mesh_lib
-from grpo_jax.learn import logps as head_lib
+from grpo_jax.learn import chunks
 from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.objectives import build_grpo_loss
 from grpo_jax.learn.step import build_update, init_state
@@ -88,7 +88,7 @@ def steps(shallow):
     def get(split: tuple[int, int, int]) -> Step:
         if split not in done:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(head_lib.LOGITS, "cpu", 8 * 300)
+                patch.setitem(chunks.LOGITS, "cpu", 8 * 300)
                 done[split] = run_step(*shallow, split)
         return done[split]
 

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from grpo_jax.config import Config, Lora
 from grpo_jax.infra.mesh import AXES, param_shardings
-from grpo_jax.learn import logps
+from grpo_jax.learn import chunks
 from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
 from grpo_jax.plan.model import Trees
@@ -236,11 +236,11 @@ def _share(split: Split, trees: Trees, name: str) -> float:
 
 
 def _chunk(c: DecoderConfig, p: int, batch: Batch, split: Split, backend: str) -> float:
-    """Bytes of a device's logits of one chunk: never more than learn.logps.LOGITS numbers."""
+    """Bytes of a device's logits of one chunk: never more than learn.chunks.LOGITS numbers."""
     tokens = p * batch.G * batch.T
     vocab = c.vocab_size // (1 if c.vocab_size % split.tensor else split.tensor)
-    chunks = -(-tokens // max(1, logps.LOGITS[backend] // vocab))
-    return -(-tokens // chunks) * vocab * 4.0
+    n = -(-tokens // max(1, chunks.LOGITS[backend] // vocab))
+    return -(-tokens // n) * vocab * 4.0
 
 
 def _gathered(cfg: Config, c: DecoderConfig, split: Split, copies: int = 1) -> float:
