@@ -31,11 +31,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
-    """Of a run in a process of its own: one device, and XLA optimises, for here steps take time."""
+    """Of a run in a process of its own: one device, and code that is fast, for here it runs long."""
     command = [sys.executable, "-m", "grpo_jax.main", f"--config={tax_short.__file__}"]
     command += [f"--workdir={base / 'tax'}"]
     environ = os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "GRPO_JAX_CACHE": str(base / "cache"),
