@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
-    """Of a run in a process of its own: one device, and code that is fast, for here it runs long."""
+    """Of a run in a process of its own: one device, and fast code, for it runs long."""
     command = [sys.executable, "-m", "grpo_jax.main", f"--config={tax_short.__file__}"]
     command += [f"--workdir={base / 'tax'}"]
     environ = os.environ | {
