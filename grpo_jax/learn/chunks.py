@@ -55,13 +55,8 @@ class Shares(NamedTuple):
 
     def chunks(self, lead: tuple[int, ...]) -> Chunks:
         """Of one device's tokens."""
-        return Chunks(
-            lead,
-            -(
-                -math.prod(lead)
-                // max(1, LOGITS.get(jax.default_backend(), LOGITS["gpu"]) // self.vocab_size)
-            ),
-        )
+        most = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
+        return Chunks(lead, -(-math.prod(lead) // max(1, most // self.vocab_size)))
 
     @property
     def axes(self) -> tuple[str, ...]:
