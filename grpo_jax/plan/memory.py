@@ -30,7 +30,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
 from grpo_jax.plan.model import Trees
 
-LOGIT_COPIES = 3  # of a chunk in the loss: scores, probabilities, what flows back
+LOGIT_COPIES = 3  # of a chunk in the loss: scores, exponentials, its part of the head's gradient
 DRAW_COPIES = 4  # of a decoding step's logits: scores, weights, blocks, truncated weights
 FORWARD_SHARE = 0.2  # of a layer's intermediates, live at one time without a backward pass
 NO_REMAT_EXTRA = 0.4  # of a layer's intermediates, live beside the stacked ones
