@@ -15,7 +15,7 @@ from grpo_jax.config import GRPO, Mesh
 from grpo_jax.infra.mesh import batch_sharding, make_mesh, param_shardings
 from grpo_jax.learn import chunks
 from grpo_jax.learn.logps import forward_kl, loss_of_tokens, token_choices, token_logps
-from grpo_jax.learn.objectives import Tokens, build_grpo_loss, build_sft_loss
+from grpo_jax.learn.objectives import Stats, Tokens, build_grpo_loss, build_sft_loss
 
 
 def head_inputs(lead: tuple[int, ...], width: int = 8, vocab: int = 50):
@@ -53,6 +53,29 @@ def test_chunked_head_equals_the_unchunked(monkeypatch, lead):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
     blind = jax.grad(lambda h: token_logps(h, kernel, targets)[1].sum())(hidden)
     assert not np.any(blind)  # entropy is a metric
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("peaked", [0.3, 3.0])
+def test_bfloat16_rounds_the_products_and_nothing_else(monkeypatch, cap, peaked):
+    """Loss and entropy as in float32, of the same rounded numbers; gradients within 2^-8."""
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 16 * 50)
+    hidden, kernel, targets = head_inputs((100,))
+    inputs = [x.astype(jnp.bfloat16) for x in (peaked * hidden, kernel)]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=100), jnp.float32)
+    tokens = Tokens(weights != 0, weights, weights, weights)
+
+    def loss_fn(logps, entropy, tokens):
+        return jnp.sum(logps * tokens.weights), Stats({"entropy": jnp.mean(entropy)}, {})
+
+    def loss(hidden, kernel):
+        return loss_of_tokens(hidden, kernel, targets, tokens, loss_fn, 1.0, cap)
+
+    fn = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    got, wanted = (fn(*(x.astype(dtype) for x in inputs)) for dtype in (jnp.bfloat16, jnp.float32))
+    chex.assert_trees_all_close(got[0], wanted[0], rtol=1e-3)
+    for ours, exact in zip(got[1], wanted[1], strict=True):
+        assert np.linalg.norm(ours.astype(jnp.float32) - exact) < 2**-8 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
