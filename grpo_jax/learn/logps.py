@@ -50,8 +50,8 @@ def token_logps(
 
     def chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = _scores(hidden, head, cap) / temperature
-        weights, log_normaliser = _normalise(scores)
-        mean_score = jnp.sum(weights * scores, axis=-1) / jnp.sum(weights, axis=-1)
+        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
+        mean_score = jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
         return _at(scores, targets) - log_normaliser, log_normaliser - mean_score
 
     return in_chunks(chunk, rows, (head,), hidden, targets)
@@ -168,27 +168,27 @@ def _loss_and_flow(
         hidden, targets, tokens = xs
         capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
-        weights, log_normaliser = _normalise(scores)
+        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
         logps = _at(scores, targets) - log_normaliser
-        weights = weights.astype(hidden.dtype)
-        total = jnp.sum(weights, axis=-1, dtype=jnp.float32)  # as rounded, so that they make one
+        probs = jnp.exp(scores - log_normaliser[:, None]).astype(hidden.dtype)
+        total = jnp.sum(probs, axis=-1, dtype=jnp.float32)  # as rounded, so that they make one
         if cap:
-            mean_score = jnp.sum(weights * scores, axis=-1) / total
+            mean_score = jnp.sum(probs * scores, axis=-1) / total
             by_logit = 1.0 - (capped / cap) ** 2
-            weights = (weights * by_logit).astype(hidden.dtype)
+            probs = (probs * by_logit).astype(hidden.dtype)
             pull = _at(by_logit, targets)[:, None]  # of the target's score by its logit
-            drawn = _matmul("tv,vd->td", weights, table) / total[:, None]
+            drawn = _matmul("tv,vd->td", probs, table) / total[:, None]
         else:  # scores are linear: their mean is the score of the expected row
             pull = jnp.ones((len(targets), 1))
-            drawn = _matmul("tv,vd->td", weights, table) / total[:, None]
+            drawn = _matmul("tv,vd->td", probs, table) / total[:, None]
             mean_score = jnp.sum(drawn * hidden, axis=-1) / temperature
         value = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, stats), slope = value(logps, log_normaliser - mean_score, tokens)
         slope = (slope / temperature)[:, None]
-        # The gradient by the scores, slope (1[target] - weights / total), is never written: a row's
+        # The gradient by the scores, slope (1[target] - probs / total), is never written: a row's
         # factors go to the other side of the products, and targets are added by themselves.
         pushed = (slope / total[:, None] * hidden).astype(hidden.dtype)
-        to_table = jnp.subtract(sums.table, _matmul("tv,td->vd", weights, pushed))
+        to_table = jnp.subtract(sums.table, _matmul("tv,td->vd", probs, pushed))
         to_table = to_table.at[targets].add(slope * pull * hidden)
         means = jax.tree.map(jnp.add, sums.stats.means, stats.means)
         maxima = jax.tree.map(jnp.maximum, sums.stats.maxima, stats.maxima)
@@ -257,13 +257,6 @@ def forward_kl(
 
 def _scores(hidden: Array, head: Array, cap: float) -> Array:
     return softcap(_matmul("td,dv->tv", hidden, head), cap)
-
-
-def _normalise(scores: Array) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - their maximum), [t, V], and the logarithm of the sum of exp(scores), [t]."""
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    return weights, jnp.log(jnp.sum(weights, axis=-1)) + top[:, 0]
 
 
 def _at(scores: Array, targets: Array) -> Array:
