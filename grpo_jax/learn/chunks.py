@@ -24,6 +24,12 @@ from grpo_jax.structs import Array
 LOGITS = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
 
 
+def count(tokens: int, vocab_size: int, backend: str) -> int:
+    """Chunks of that many tokens whose logits fit LOGITS; unknown backends are taken for GPUs."""
+    most = LOGITS.get(backend, LOGITS["gpu"])
+    return -(-tokens // max(1, most // vocab_size))
+
+
 class Shares(NamedTuple):
     """How devices share the work: each has the tokens of its rows and its part of the vocabulary.
 
@@ -55,8 +61,7 @@ class Shares(NamedTuple):
 
     def chunks(self, lead: tuple[int, ...]) -> Chunks:
         """Of one device's tokens."""
-        most = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
-        return Chunks(lead, -(-math.prod(lead) // max(1, most // self.vocab_size)))
+        return Chunks(lead, count(math.prod(lead), self.vocab_size, jax.default_backend()))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -72,9 +77,9 @@ class Chunks(NamedTuple):
 
     def split(self, x: Array) -> Array:
         """[*lead, ...] -> [n, tokens / n, ...], padded with zeros."""
-        count = math.prod(self.lead)
-        x = x.reshape(count, *x.shape[len(self.lead) :])
-        x = jnp.pad(x, ((0, -count % self.n), *((0, 0),) * (x.ndim - 1)))
+        tokens = math.prod(self.lead)
+        x = x.reshape(tokens, *x.shape[len(self.lead) :])
+        x = jnp.pad(x, ((0, -tokens % self.n), *((0, 0),) * (x.ndim - 1)))
         return jnp.moveaxis(x.reshape(-1, self.n, *x.shape[1:]), 1, 0)
 
     def merge(self, x: Array) -> Array:

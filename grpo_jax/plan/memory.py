@@ -239,8 +239,7 @@ def _chunk(c: DecoderConfig, p: int, batch: Batch, split: Split, backend: str) -
     """Bytes of a device's logits of one chunk: never more than learn.chunks.LOGITS numbers."""
     tokens = p * batch.G * batch.T
     vocab = c.vocab_size // (1 if c.vocab_size % split.tensor else split.tensor)
-    n = -(-tokens // max(1, chunks.LOGITS[backend] // vocab))
-    return -(-tokens // n) * vocab * 4.0
+    return -(-tokens // chunks.count(tokens, vocab, backend)) * vocab * 4.0
 
 
 def _gathered(cfg: Config, c: DecoderConfig, split: Split, copies: int = 1) -> float:
