@@ -110,8 +110,8 @@ def test_the_soak_sees_what_grows() -> None:
     assert soak.judged(flat) == []
     rising = [s._replace(megabytes=500 + s.step, files=30 + s.step // 50) for s in flat]
     assert soak.judged(rising) == [
-        "sft: megabytes grew from 530 to 590",
-        "sft: files grew from 30 to 31",
+        "sft: megabytes grew from 540 to 600",
+        "sft: files grew from 30 to 32",
     ]
     pool = [s._replace(tasks=21 + (s.step > 50) * 2) for s in flat]
     assert soak.judged(pool) == []

@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from tests.faults.attempts import prepare
@@ -79,18 +78,15 @@ def watch(seen: list[Seen], every: int) -> None:
 
 
 def judged(seen: list[Seen]) -> list[str]:
-    """What grew, a stage at a time: the last quarter's median over the first's behind the warm-up.
-
-    Medians, because a save in flight holds threads and memory of its own for a moment.
-    """
+    """What grew, a stage at a time: the last quarter's most over the first's behind the warm-up."""
     problems = []
     for stage in dict.fromkeys(s.stage for s in seen):
         own = [s for s in seen if s.stage == stage]
         own = own[int(WARM * len(own)) :]
         first, last = own[: len(own) // 4], own[-(len(own) // 4) :]
         for name in ("megabytes", "arrays", "compiled", "files", "threads", "tasks"):
-            before = median(getattr(s, name) for s in first)
-            after = median(getattr(s, name) for s in last)
+            before = max(getattr(s, name) for s in first)
+            after = max(getattr(s, name) for s in last)
             allowed = {"megabytes": before * GROWTH, "tasks": POOL}.get(name, 0)
             if after > before + allowed:
                 problems.append(f"{stage}: {name} grew from {before:.0f} to {after:.0f}")
