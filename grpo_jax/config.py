@@ -301,6 +301,7 @@ class Log:
     every: int = 1  # steps between metric rows
     samples_every: int = 10  # steps between entries of samples.jsonl
     samples: int = 4  # prompts an entry
+    profile_steps: int = 0  # of each training stage, traced into WORKDIR/profile/ARM
 
 
 @dataclass

@@ -120,6 +120,7 @@ RANGES: dict[str, str] = {
     "log.every": "[1, inf)",
     "log.samples_every": "[1, inf)",
     "log.samples": "[0, inf)",
+    "log.profile_steps": "[0, inf)",
 }
 
 

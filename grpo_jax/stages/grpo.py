@@ -83,7 +83,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
         learner.checkpoints,
         track(arm.name, learner.step, total) as bar,
     ):
-        for step in steps:
+        for step in learning.profiled(run, arm, steps):
             clock[:] = [time.monotonic()]
             sample_key, *update_keys = jax.random.split(jax.random.fold_in(key, step), 1 + updates)
             mine, everyone = learning.batch_indices(len(rows), P, data.seed, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from grpo_jax.config_arms import BASE
 from grpo_jax.data.batches import take
+from grpo_jax.infra import profile
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.memory import peak_bytes
 from grpo_jax.infra.signals import Deferred, Stopped
@@ -123,6 +125,12 @@ def first_state(run: Run, arm: OpenArm, optimizer: Any, start: dict) -> TrainSta
     shardings = jax.tree.map(lambda x: x.sharding, weights.abstract_state(run, arm))
     given = weights.start_adapter(run, arm)
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(start, given)
+
+
+def profiled(run: Run, arm: OpenArm, steps: range) -> Iterator[int]:
+    """The steps of an arm's loop, of which a few are traced if the config says so."""
+    folder = run.workdir.profile / arm.name
+    return profile.profiled(steps, run.cfg.log.profile_steps, arm.name, folder)
 
 
 def record(

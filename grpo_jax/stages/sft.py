@@ -48,7 +48,7 @@ def train_on(run: Run, arm: OpenArm, rows: list[Example]) -> None:
     logps = build_logps(run.model, 1.0)
     key = method_key(run, arm.method)
     with learner.stop, learner.checkpoints, track(arm.name, learner.step, total) as bar:
-        for step in range(learner.step, total):
+        for step in learning.profiled(run, arm, range(learner.step, total)):
             began = time.monotonic()
             mine, everyone = learning.batch_indices(
                 len(rows), cfg.batch_size, arm.cfg.data.seed, step
