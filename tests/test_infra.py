@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -46,15 +47,32 @@ def test_metrics_are_valid_json_and_reach_tensorboard(tmp_path, caplog):
         "terms/semantic is inf; written as null (1 so far)",
     ]
     assert read_jsonl(run.samples)[0]["terms"] == {"semantic": None}
-    assert list((run.tensorboard / "grpo").glob("events.*"))
+    (file,) = (run.tensorboard / "grpo").glob("events.*")
+    events = [event for event in tensorboard_events(file) if event.summary.value]
+    assert [event.step for event in events] == [0, 1, 2]
+    for event in events:
+        shown = {value.tag: value.simple_value for value in event.summary.value}
+        assert shown == {"reward": 0.5, "n": 3}
+
+
+def tensorboard_events(file: Path) -> list:
+    """The events of a file of TFRecords: a length, its checksum, as many bytes, their checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, events = file.read_bytes(), []
+    while data:
+        end = 12 + int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12:end]))
+        data = data[end + 4 :]
+    return events
 
 
 def test_full_disk_leaves_the_earlier_rows(tmp_path, monkeypatch):
     path, write = tmp_path / "rows.jsonl", os.write
-    append_jsonl(path, {"row": 1})
+    append_jsonl(path, [{"row": 1}])
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
     with pytest.raises(OSError, match="No space left on device"):
-        append_jsonl(path, {"row": 2})
+        append_jsonl(path, [{"row": 2}])
     monkeypatch.undo()
     assert read_jsonl(path) == [{"row": 1}]
 

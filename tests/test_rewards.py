@@ -193,6 +193,10 @@ class TokenEncoder(WordEncoder):
     def shares_tokenizer(self, folder: Path) -> bool:
         return folder.name == "mine"
 
+    def start(self, texts: list[str]) -> Callable[[], np.ndarray]:
+        vectors = self.embed(texts)
+        return lambda: vectors
+
     def embed_ids(self, ids: np.ndarray, lengths: np.ndarray) -> Callable[[], np.ndarray]:
         rows = zip(np.asarray(ids), lengths, strict=True)
         texts = [bytes(row[:n].tolist()).decode().lower() for row, n in rows]
@@ -232,6 +236,36 @@ def test_token_ids_score_as_their_texts_do() -> None:
     assert not scorer().reads_tokens(Path("mine"))
 
 
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_the_device_works_while_the_host_measures(as_tokens: bool) -> None:
+    happened: list[str] = []
+
+    class Slow(TokenEncoder):
+        def start(self, texts: list[str]) -> Callable[[], np.ndarray]:
+            return self.noted("texts", self.embed(texts))
+
+        def embed_ids(self, ids: np.ndarray, lengths: np.ndarray) -> Callable[[], np.ndarray]:
+            return self.noted("ids", super().embed_ids(ids, lengths)())
+
+        def noted(self, what: str, vectors: np.ndarray) -> Callable[[], np.ndarray]:
+            happened.append(f"{what} started")
+            return lambda: happened.append(f"{what} waited for") or vectors  # type: ignore[func-returns-value]
+
+    def gate(texts: list[str]) -> np.ndarray:
+        happened.append("measured")
+        return np.ones(len(texts), bool)
+
+    texts = ["a red fox"] * 4
+    rollout = rollout_of(texts, np.ones((2, 2), bool)) if as_tokens else None
+    one = Scorer(Slow(), gate, config.Reward())
+    one.score(texts, prompts("a red fox", "a blue whale"), 0.1, rollout)
+    measured = happened.index("measured")
+    began = {word for word in happened[:measured]}
+    assert began == {"texts started", "ids started"} if as_tokens else {"texts started"}
+    assert all("waited" in word for word in happened[measured + 1 :])
+    assert len(happened) == 2 * 2 + 1  # completions and anchors
+
+
 class FailingEncoder(TokenEncoder):
     """Raises for a batch with a text that holds "\u2e31", as an encoder does and a tokenizer."""
 
@@ -245,11 +279,19 @@ class FailingEncoder(TokenEncoder):
         return super().same_tokens(texts, ids, lengths)
 
 
+class LateFailingEncoder(FailingEncoder):
+    """Fails when it is waited for, as a device does."""
+
+    def start(self, texts: list[str]) -> Callable[[], np.ndarray]:
+        return lambda: self.embed(texts)
+
+
+@pytest.mark.parametrize("encoder", [FailingEncoder, LateFailingEncoder])
 @pytest.mark.parametrize("as_tokens", [False, True])
 def test_a_text_on_which_the_encoder_fails_scores_0_and_is_counted(
-    as_tokens: bool, caplog: pytest.LogCaptureFixture
+    as_tokens: bool, encoder: type[FailingEncoder], caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = Scorer(FailingEncoder(), english, config.Reward(**SHAPED))  # type: ignore[arg-type]
+    one = Scorer(encoder(), english, config.Reward(**SHAPED))  # type: ignore[arg-type]
     texts = [TEXT, "the \u2e31", TEXT, ""]
     rollout = rollout_of(texts, np.ones((1, 4), bool)) if as_tokens else None
     rewards = one.score(texts, prompts(TEXT), 0.0, rollout)

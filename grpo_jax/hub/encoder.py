@@ -71,8 +71,11 @@ class SentenceEncoder:
 
         Texts are sorted by length and embedded batch by batch, each padded to its length bucket.
         """
+        return self.start(texts)()
+
+    def start(self, texts: list[str]) -> Callable[[], np.ndarray]:
+        """Starts `embed` on the device; the function returned waits for its result."""
         rows = self._tokenize(texts)
-        out = np.zeros((len(texts), self.dim), np.float32)
         pending = []
         for chosen, count, width in self._batches(np.array([len(row) for row in rows], int)):
             ids = np.zeros((count, width), np.int32)
@@ -81,9 +84,14 @@ class SentenceEncoder:
                 ids[i, : len(rows[place])] = rows[place]
                 lengths[i] = len(rows[place])
             pending.append((chosen, self._forward(self.params, ids, lengths)))
-        for chosen, vectors in pending:  # everything is dispatched before the first wait
-            out[chosen] = np.asarray(vectors)[: len(chosen)]
-        return out
+
+        def wait() -> np.ndarray:
+            out = np.zeros((len(texts), self.dim), np.float32)
+            for chosen, vectors in pending:
+                out[chosen] = np.asarray(vectors)[: len(chosen)]
+            return out
+
+        return wait
 
     def shares_tokenizer(self, folder: Path) -> bool:
         """Whether a policy's token ids mean the same to this encoder, so that it can read them.

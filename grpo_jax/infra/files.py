@@ -92,13 +92,13 @@ def require_space(path: Path, needed: int, what: str) -> None:
         )
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, in one write. NaN and infinity raise ValueError."""
-    line = json_line(row).encode()
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Appends JSON objects, a line each, in one write. NaN and infinity raise ValueError."""
+    lines = "".join(map(json_line, rows)).encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
-        if os.write(handle, line) < len(line):
+        if os.write(handle, lines) < len(lines):
             os.ftruncate(handle, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:

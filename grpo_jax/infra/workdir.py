@@ -204,10 +204,10 @@ class Workdir:
 
     # Rows
 
-    def append(self, path: Path, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl or samples.jsonl, which several programs may write."""
+    def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Appends rows to metrics.jsonl or samples.jsonl, which several programs may write."""
         with waiting(_row_lock(self.path), "writes rows"):
-            append_jsonl(path, row)
+            append_jsonl(path, rows)
 
     def rewind(self, arm: str, first: int) -> None:
         """Drops the rows of an arm from step `first` on, which a resumed run will write again."""

@@ -33,20 +33,17 @@ class MetricWriter:
         if not distributed.is_main():
             return
         row: dict[str, Any] = {"stage": stage, "step": int(step)}
-        board = self._board(stage, int(step))
         for name, value in jax.device_get(metrics).items():
             row[name] = self._clean(name, value)
-            if isinstance(row[name], float | int):
-                board.add_scalar(name, row[name], int(step))
-        self._workdir.append(self._workdir.metrics, row)
+        self._board(stage, int(step)).file_writer.add_summary(_summary(row), int(step))
+        self._workdir.append(self._workdir.metrics, [row])
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends {"stage", "step", **row} for each row: prompt, completion, rewards and so on."""
         if distributed.is_main():
-            for sample in rows:
-                clean = {name: self._clean(name, value) for name, value in sample.items()}
-                row = {"stage": stage, "step": int(step)} | clean
-                self._workdir.append(self._workdir.samples, row)
+            place = {"stage": stage, "step": int(step)}
+            clean = [{name: self._clean(name, x) for name, x in row.items()} for row in rows]
+            self._workdir.append(self._workdir.samples, [place | row for row in clean])
 
     def close(self) -> None:
         """Flushes TensorBoard's files; one that cannot be written is not worth the run."""
@@ -83,3 +80,11 @@ class MetricWriter:
                 _log.warning("%s is %s; written as null (%d so far)", name, value, count)
             return None
         return value
+
+
+def _summary(row: dict[str, Any]) -> Any:
+    """The numbers of a row as one event: a tenth of the time that one event a number takes."""
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, float | int)}
+    return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])

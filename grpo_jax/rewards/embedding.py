@@ -1,13 +1,15 @@
 """Cosines under the frozen sentence encoder: texts or token ids in, similarities out.
 
-An encoder with the policy's tokenizer reads a rollout's token ids on the device while the host
-works on the texts. Only completions that the tokenizer would spell otherwise go through text.
+The device works while the host goes on: whoever starts it waits for the result later. An encoder
+with the policy's tokenizer reads a rollout's token ids before the host has any text. Only
+completions that the tokenizer would spell otherwise go through text.
 Anchor embeddings are computed once a text. A text on which the encoder fails has the vector 0,
 which is similar to nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,9 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class TokenEncoder(TextEncoder, Protocol):
-    """An encoder that reads token ids too: hub.SentenceEncoder, whose methods these are."""
+    """An encoder on a device, which reads token ids too: hub.SentenceEncoder has these methods."""
+
+    def start(self, texts: list[str]) -> Callable[[], np.ndarray]: ...
 
     def shares_tokenizer(self, folder: Path) -> bool: ...
 
@@ -75,22 +79,21 @@ class EncoderSimilarity:
           A function that waits for float32 [P, G] in [-1, 1], and bool [P, G]: where the encoder
           has no vector for the completion or its anchor, so that the cosine is 0.
         """
-        vectors = self._start_embedding(texts, rollout)
+        vectors = self._start_texts(texts, rollout)
+        anchor_vectors = self._start_anchors(anchors)
 
         def wait() -> tuple[Array, Array]:
-            known = self._embed_anchors(anchors)
+            known = anchor_vectors()
             P, D = known.shape
             found = vectors().reshape(P, -1, D)
             return self._cosine(found, known), ~(_usable(found) & _usable(known)[:, None])
 
         return wait
 
-    def _start_embedding(
-        self, texts: list[str], rollout: Rollout | None
-    ) -> Callable[[], np.ndarray]:
-        """Sets the device to work where it has the ids; the result waits for float32 [N, D]."""
+    def _start_texts(self, texts: list[str], rollout: Rollout | None) -> Callable[[], np.ndarray]:
+        """Sets the device to work on the rollout or the texts: waits for float32 [N, D]."""
         if rollout is None:
-            return lambda: embed(self.encoder, texts)
+            return start(self.encoder, texts)
         assert isinstance(self.encoder, TokenEncoder)
         encoder, T = self.encoder, rollout.ids.shape[-1]
         lengths = np.asarray(rollout.mask).sum(-1).reshape(-1)
@@ -110,12 +113,17 @@ class EncoderSimilarity:
 
         return wait
 
-    def _embed_anchors(self, texts: list[str]) -> np.ndarray:
-        """float32 [P, D]; encodes only what was not seen before, for every row comes each epoch."""
+    def _start_anchors(self, texts: list[str]) -> Callable[[], np.ndarray]:
+        """Waits for float32 [P, D]; every row comes each epoch, but each text is encoded once."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self._anchors]
-        if fresh:
-            self._anchors.update(zip(fresh, embed(self.encoder, fresh), strict=True))
-        return np.stack([self._anchors[text] for text in texts])
+        vectors = start(self.encoder, fresh) if fresh else None
+
+        def wait() -> np.ndarray:
+            if vectors is not None:
+                self._anchors.update(zip(fresh, vectors(), strict=True))
+            return np.stack([self._anchors[text] for text in texts])
+
+        return wait
 
 
 def embed(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
@@ -126,9 +134,19 @@ def embed(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
     Raises:
       ValueError, TypeError, LookupError: the encoder fails on a plain word too.
     """
+    return start(encoder, texts)()
+
+
+def start(encoder: TextEncoder, texts: list[str]) -> Callable[[], np.ndarray]:
+    """Starts `embed` where the encoder can be started; the result waits, and raises, as it does."""
     places: dict[str, int] = {}
     rows = [places.setdefault(sanitise(text), len(places)) for text in texts]
-    return _vectors(encoder, list(places))[rows]
+    distinct = list(places)
+    vectors = None
+    if isinstance(encoder, TokenEncoder):
+        with contextlib.suppress(*_ABOUT_A_TEXT):  # `_vectors` finds out which
+            vectors = encoder.start(distinct)
+    return lambda: _vectors(encoder, distinct, vectors)[rows]
 
 
 def _usable(vectors: np.ndarray) -> np.ndarray:
@@ -136,10 +154,16 @@ def _usable(vectors: np.ndarray) -> np.ndarray:
     return np.isfinite(vectors).all(-1) & vectors.any(-1)
 
 
-def _vectors(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
-    """float32 [N, D]; a batch that fails is halved until only what cannot be read is left out."""
+def _vectors(
+    encoder: TextEncoder, texts: list[str], started: Callable[[], np.ndarray] | None = None
+) -> np.ndarray:
+    """float32 [N, D]; a batch that fails is halved until only what cannot be read is left out.
+
+    Args:
+      started: waits for the vectors, if the encoder has begun with these texts.
+    """
     try:
-        return np.asarray(encoder.embed(texts), np.float32)
+        return np.asarray(started() if started else encoder.embed(texts), np.float32)
     except _ABOUT_A_TEXT as error:
         if len(texts) > 1:
             half = len(texts) // 2

@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 
-from grpo_jax.text.scripts import script_of, script_shares, units
+from grpo_jax.text.scripts import COMMON, script_of, script_shares, shares_of, units
 
 _WRITTEN_IN = {
     "Latin": "en eng fr fra de deu es spa pt por it ita nl nld ca cat gl glg eu eus ro ron pl pol "
@@ -141,11 +141,12 @@ class LanguageGate:
         )
 
     def _passes(self, text: str) -> bool:
-        shares = script_shares(text)
+        pieces = units(text)
+        shares = shares_of(pieces)
         own = sum(shares.get(script, 0.0) for script in self.scripts)
         if own < _OWN or any(s not in self.scripts and s not in _BORROWED for s in shares):
             return False
-        return not self.target or _evidence(self._ratios, _spelled(text)) <= self.threshold
+        return not self.target or _evidence(self._ratios, _spelled(pieces)) <= self.threshold
 
     @cached_property
     def _ratios(self) -> _Ratios:
@@ -187,7 +188,7 @@ def _add_spelling(gate: LanguageGate, targets: list[str], others: list[str]) -> 
     do not move it, and the vocabulary of other domains has room. If both sides are one language
     (headlines for articles), spelling decides nothing and the gate stays with the scripts.
     """
-    spelled = [_spelled(text) for text in targets], [_spelled(text) for text in others]
+    spelled = [[_spelled(units(text)) for text in texts] for texts in (targets, others)]
     fitted = tuple(_trigrams(texts[::2]) for texts in spelled)
     unseen = tuple(texts[1::2] or texts for texts in spelled)
     unseen_counts = tuple(_trigrams(texts) for texts in unseen)
@@ -249,9 +250,9 @@ class _Ratios(dict[str, float]):
         return ratio
 
 
-def _spelled(text: str) -> str:
-    """The words alone, as trigrams see them: case-folded, digits out, two spaces in front."""
-    return f"  {' '.join(unit for unit in units(text) if script_of(unit[0]) != 'Common')} "
+def _spelled(pieces: Sequence[str]) -> str:
+    """A text's words alone, as trigrams see them: digits out, two spaces in front."""
+    return f"  {' '.join(piece for piece in pieces if script_of(piece[0]) != COMMON)} "
 
 
 def _trigrams(texts: Iterable[str]) -> Counter[str]:

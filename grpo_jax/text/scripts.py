@@ -83,7 +83,12 @@ def script_shares(text: str) -> dict[str, float]:
     Units and not letters are counted, so that one Latin name in a Tibetan or Chinese sentence
     weighs as much as one syllable or character, and not as its seven letters.
     """
-    counts = Counter(script_of(unit[0]) for unit in units(text))
+    return shares_of(units(text))
+
+
+def shares_of(pieces: Sequence[str]) -> dict[str, float]:
+    """`script_shares` of a text that has been cut into units."""
+    counts = Counter(script_of(piece[0]) for piece in pieces)
     counts.pop(COMMON, None)
     total = sum(counts.values())
     return {script: count / total for script, count in counts.most_common()}
