@@ -215,6 +215,20 @@ def test_long_texts_get_small_batches(encoders: dict[str, SentenceEncoder]) -> N
     ]  # fmt: skip
 
 
+def test_few_shapes_are_ever_compiled(encoders: dict[str, SentenceEncoder]) -> None:
+    encoder = dataclasses.replace(encoders["qwen3"], max_length=128, batch_size=64)
+    draw = np.random.default_rng(0)
+    shapes: set[tuple[int, int]] = set()
+    for count in range(1, 300, 7):
+        batches = list(encoder._batches(draw.integers(2, 65, count)))
+        assert sorted(np.concatenate([chosen for chosen, *_ in batches])) == list(range(count))
+        assert all(len(chosen) <= rows for chosen, rows, _ in batches)
+        assert sum(rows for _, rows, _ in batches) < count + 8  # hardly a row is computed for none
+        shapes |= {(rows, width) for _, rows, width in batches}
+    widths = {16, 20, 24, 28, 32, 40, 48, 56, 64, 80}
+    assert shapes <= {(rows, width) for rows in (8, 64) for width in widths}
+
+
 # Token ids on the device
 
 

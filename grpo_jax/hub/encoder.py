@@ -180,15 +180,17 @@ class SentenceEncoder:
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """Rows by falling length, in (places, number of rows to compute, width) of each batch.
 
-        Widths are buckets and a short last batch has a power of two rows, so few shapes occur.
+        Widths are buckets, and a batch is full or an eighth of that, so few shapes occur.
         """
         order = np.argsort(-lengths, kind="stable")
         while len(order):
             longest = lengths[order[0]]
             width = min(next(b for b in _BUCKETS if longest <= b), self.max_length)
             most = max(1, self.batch_size * _LONG**2 // max(width, _LONG) ** 2)
-            chosen, order = order[:most], order[most:]
-            yield chosen, min(most, max(8, 1 << (len(chosen) - 1).bit_length())), width
+            few = min(most, max(8, most // 8))
+            rows = most if len(order) > most - few else few
+            chosen, order = order[:rows], order[rows:]
+            yield chosen, rows, width
 
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
