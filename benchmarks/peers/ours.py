@@ -22,13 +22,14 @@ from grpo_jax import hub
 from grpo_jax.config import GRPO, Lora, Optimizer, Reward, Sampling
 from grpo_jax.data.batches import bucket
 from grpo_jax.learn.advantages import advantages
-from grpo_jax.learn.objectives import build_grpo_loss
 from grpo_jax.learn.optimizer import build_optimizer
-from grpo_jax.learn.step import build_logps, build_update, init_state
+from grpo_jax.learn.step import init_state
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
-from grpo_jax.structs import Rollout, Row, TrainBatch
+from grpo_jax.stages.generation import completion_ids
+from grpo_jax.stages.programs import build_programs, train_batch
+from grpo_jax.structs import Row
 from grpo_jax.text.language import LanguageGate
 from grpo_jax.text.tokenizer import Tokenizer
 
@@ -69,13 +70,6 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarr
     return ids, np.asarray([len(row) for row in rows], np.int32)
 
 
-def completions(rollout: Rollout) -> list[list[int]]:
-    """Token ids of each completion, P * G lists."""
-    T = rollout.ids.shape[-1]
-    pairs = zip(rollout.ids.reshape(-1, T), rollout.mask.reshape(-1, T), strict=True)
-    return [ids[mask].tolist() for ids, mask in pairs]
-
-
 def sampling(channel: Channel, spec: dict[str, Any]) -> None:
     """Texts in, texts out."""
     work = spec["work"]
@@ -97,7 +91,7 @@ def sampling(channel: Channel, spec: dict[str, Any]) -> None:
             part = slice(start, start + at_once)
             key = jax.random.fold_in(jax.random.key(index), start)
             rollout = sample(params, ids[part], lengths[part], key, num_generations=G)
-            tokens += completions(jax.device_get(rollout))
+            tokens += completion_ids(jax.device_get(rollout))
         policy.tokenizer.decode(tokens)
         return text_stats([len(row) for row in tokens])
 
@@ -106,7 +100,7 @@ def sampling(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def step(channel: Channel, spec: dict[str, Any]) -> None:
-    """Whole GRPO steps, in the order of stages/grpo.py."""
+    """Whole GRPO steps: the programs of stages/grpo.py, in its order."""
     work = spec["work"]
     policy = load(spec, "float32", remat=work["remat"])
     G, T = work["generations"], work["max_new_tokens"]
@@ -114,24 +108,15 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
         num_generations=G,
         beta=work["beta"],
         loss_type=work["loss_type"],
+        gradient_accumulation_steps=work["micro_batches"],
         sampling=Sampling(temperature=work["temperature"]),
         optimizer=Optimizer(
             learning_rate=work["learning_rate"], max_grad_norm=work["max_grad_norm"]
         ),
     )
     optimizer = build_optimizer(cfg.optimizer, 1)
-    sample = build_sampler(policy.model, cfg.sampling, T, tuple(spec["stops"]))
-    temperature, micro = work["temperature"], work["micro_batches"]
-    reference_logps = build_logps(policy.model, temperature, micro)
-    update = build_update(
-        policy.model,
-        optimizer,
-        build_grpo_loss(cfg, on_policy=True),
-        Lora(),
-        loss_type=cfg.loss_type,
-        max_completion_length=T,
-        temperature=temperature,
-        micro_batches=micro,
+    sample, reference_logps, update = build_programs(
+        cfg, Lora(), policy.model, optimizer, T, tuple(spec["stops"])
     )
     frozen = on_device(frozen_copy(policy.params, policy.model.dtype))
     state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(on_device(policy.params))
@@ -147,16 +132,9 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
         local = jax.device_get(rollout)
         clock.append(time.perf_counter())
         width = bucket(int(local.mask.sum(-1).max()), T)
-        batch = TrainBatch(
-            prompt_ids=ids,
-            prompt_lengths=lengths,
-            ids=rollout.ids[..., :width],
-            mask=rollout.mask[..., :width],
-            advantages=jnp.zeros(rollout.ended.shape),
-            old_logps=rollout.logps[..., :width],
-        )
+        batch = train_batch(cfg, ids, lengths, rollout, width)
         batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
-        tokens = completions(local)
+        tokens = completion_ids(local)
         totals = np.asarray(rewards(tokenizer.decode(tokens)), np.float32).reshape(-1, G)
         scored = advantages(totals, {}, cfg.advantage, cfg.scale_rewards)
         batch = batch._replace(advantages=scored)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import GRPO
@@ -22,14 +21,13 @@ from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
 from grpo_jax.learn.advantages import advantages
-from grpo_jax.learn.objectives import build_grpo_loss
-from grpo_jax.learn.step import build_logps, build_update, policy_variables
+from grpo_jax.learn.step import policy_variables
 from grpo_jax.rewards.scorer import within_group_stats
-from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import calibrated_tau, completion_ids, generate, merged
 from grpo_jax.stages.guard import Guard
+from grpo_jax.stages.programs import build_programs, train_batch
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
@@ -57,18 +55,8 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     guard = Guard(arm.cfg.grpo, learner.aux)
     eos_ids = run.base.tokenizer.eos_ids
     gathered = mesh_lib.gathered(run.mesh)
-    sample = build_sampler(run.model, cfg.sampling, T, eos_ids, gathered, cfg.lanes)
-    temperature = cfg.sampling.temperature
-    reference_logps = build_logps(run.model, temperature, cfg.gradient_accumulation_steps)
-    update = build_update(
-        run.model,
-        learner.optimizer,
-        build_grpo_loss(cfg, on_policy=updates == 1),
-        lora,
-        loss_type=cfg.loss_type,
-        max_completion_length=T,
-        temperature=temperature,
-        micro_batches=cfg.gradient_accumulation_steps,
+    sample, reference_logps, update = build_programs(
+        cfg, lora, run.model, learner.optimizer, T, eos_ids, gathered
     )
     key = method_key(run, arm.method)
     as_tokens = arm.scorer.reads_tokens(run.base.folder)
@@ -95,7 +83,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             clock.append(time.monotonic())
 
             longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
-            batch = _train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
+            batch = train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
             if cfg.beta > 0:  # the device computes these while the host reads the texts
                 batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
             texts = run.base.tokenizer.decode(completion_ids(local))
@@ -116,11 +104,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             done, numbers = step + 1, everyone.tolist()
             aux = {"tau": tau, **guard.aux()}
             learning.check_finite(run, learner, arm, done, state, stats, batch, numbers, **aux)
-            metrics = _collect(stats)
-            odd = np.array([*map(is_odd, texts)])
-            written = (local.mask.sum(-1), local.ended, odd, np.asarray(rewards.unread))
-            everyones, *facts = jax.tree.map(distributed.gather, (rewards, *written))
-            metrics |= within_group_stats(everyones) | _completion_stats(*facts)
+            metrics = _collect(stats) | _rollout_stats(local, texts, rewards)
             metrics |= _times(clock, metrics["num_tokens"])
             made = step * updates - learner.nonfinite.updates
             metrics |= {"tau": tau, "learning_rate": float(learner.schedule(made))}
@@ -135,23 +119,6 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             if guard.stopped:
                 break
     run.workdir.note_arm(arm.name, learner.cost.spent(), done=True)
-
-
-def _train_batch(
-    cfg: GRPO, prompt_ids: jax.Array, prompt_lengths: jax.Array, rollout: Rollout, length: int
-) -> TrainBatch:
-    """The rollout cut to `length`, which holds its longest completion; advantages still 0."""
-    mask = rollout.mask
-    if cfg.mask_truncated_completions:
-        mask = mask & rollout.ended[..., None]
-    return TrainBatch(
-        prompt_ids=prompt_ids,
-        prompt_lengths=prompt_lengths,
-        ids=rollout.ids[..., :length],
-        mask=mask[..., :length],
-        advantages=jnp.zeros(rollout.ended.shape, jnp.float32),
-        old_logps=rollout.logps[..., :length],
-    )
 
 
 def _advantages(run: Run, arm: OpenArm, rewards: Rewards) -> Array:
@@ -186,10 +153,18 @@ def _collect(updates: list[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
+def _rollout_stats(local: Rollout, texts: list[str], rewards: Rewards) -> dict[str, float]:
+    """Of all processes' completions: each has its own, the rollout's arrays on the host."""
+    odd = np.array([*map(is_odd, texts)])
+    written = (local.mask.sum(-1), local.ended, odd, np.asarray(rewards.unread))
+    everyones, *facts = jax.tree.map(distributed.gather, (rewards, *written))
+    return within_group_stats(everyones) | _completion_stats(*facts)
+
+
 def _completion_stats(
     lengths: np.ndarray, ended: np.ndarray, odd: np.ndarray, unread: np.ndarray
 ) -> dict[str, float]:
-    """Of all processes' completions: tokens int [P, G]; bool [P, G], but odd [P * G]."""
+    """Tokens int [P, G]; bool [P, G], but odd [P * G]."""
     lengths, ended = lengths.reshape(-1), ended.reshape(-1)
     out = {
         "completions/mean_length": lengths.mean(),
