@@ -231,7 +231,8 @@ def test_decay_spares_norms_and_biases():
     cfg = Optimizer(learning_rate=0.1, weight_decay=0.5, moment_dtype="bfloat16")
     optimizer = build_optimizer(cfg, 10)
     opt_state = optimizer.init(params)
-    decay, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    decay, _ = optimizer.update(zeros, opt_state, params, fine=jnp.array(True))
     spared = {name for name, leaf in decay["layer"].items() if not np.any(leaf)}
     assert spared == {"scale", "bias"}
     np.testing.assert_allclose(decay["layer"]["kernel"], -0.05, rtol=1e-6)
@@ -243,9 +244,33 @@ def test_decay_spares_norms_and_biases():
 def test_clipping_bounds_the_global_norm(limit, wanted):
     grads = {"scale": jnp.full(4, 3.0)}  # of norm 6; with b1 = 0 the first moment is what AdamW saw
     optimizer = build_optimizer(Optimizer(max_grad_norm=limit, b1=0.0), 1)
-    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    _, state = optimizer.update(grads, optimizer.init(grads), grads, fine=jnp.array(True))
     moments = [float(jnp.max(x)) for x in jax.tree.leaves(state) if x.ndim]
     assert max(moments) == pytest.approx(wanted)
+
+
+def test_steps_are_those_of_optax_and_a_bad_one_leaves_no_trace():
+    cfg = Optimizer(learning_rate=0.1, weight_decay=0.1, b1=0.8, b2=0.9, schedule="cosine")
+    theirs = optax.chain(
+        optax.clip_by_global_norm(cfg.max_grad_norm),
+        optax.adamw(build_schedule(cfg, 6), b1=0.8, b2=0.9, weight_decay=0.1),
+    )
+    ours = build_optimizer(cfg, 6)
+    draw = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)}
+    expected, states = params, (ours.init(params), theirs.init(params))
+    for step in range(6):
+        grads = {"kernel": jnp.asarray(draw.normal(size=(3, 4)) * 3.0**step / 9, jnp.float32)}
+        bad = {"kernel": grads["kernel"].at[0, 0].set(jnp.nan)}
+        _, after = ours.update(bad, states[0], params, fine=jnp.array(False))
+        jax.tree.map(np.testing.assert_array_equal, after, states[0])
+        mine, own = ours.update(grads, states[0], params, fine=jnp.array(True))
+        others, their = theirs.update(grads, states[1], expected)
+        params, expected = optax.apply_updates(params, mine), optax.apply_updates(expected, others)
+        np.testing.assert_allclose(params["kernel"], expected["kernel"], rtol=1e-6)
+        states = own, their
+    for mine, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)
 
 
 # The loop.

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from grpo_jax import config, main, replay
-from grpo_jax.config import Config, Lora
+from grpo_jax.config import Config, Lora, Optimizer
 from grpo_jax.learn.objectives import build_sft_loss
+from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import build_update, init_state
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.rewards.scorer import Scorer
@@ -45,7 +46,7 @@ def batch_of(ids: int = 7) -> TrainBatch:
 
 
 def test_an_update_that_is_not_finite_changes_nothing(tiny: Decoder, tiny_params: dict) -> None:
-    optimizer = optax.adam(1e-2)
+    optimizer = build_optimizer(Optimizer(learning_rate=1e-2), 10)
     update = build_update(tiny, optimizer, build_sft_loss(), Lora())
     state = init_state(jax.tree.map(jnp.copy, tiny_params), optimizer)
     state, stats = update(state, None, batch_of(), jax.random.key(0))

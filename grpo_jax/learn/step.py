@@ -122,7 +122,7 @@ def build_update(
 
     Args:
       model: the decoder.
-      optimizer: of `build_optimizer`.
+      optimizer: of `build_optimizer`; another one's state would keep what a bad step does to it.
       loss_of: of learn.objectives.
       cfg: LoRA settings; rank 0 trains the whole model.
       loss_type, max_completion_length: see `token_weights`.
@@ -135,7 +135,7 @@ def build_update(
       loss or the gradient's norm is not finite, skipped is 1 and the new state is the old one, bit
       for bit. A parameter that its own step would make infinite (a huge learning rate) stays.
     """
-
+    optimizer = optax.with_extra_args_support(optimizer)
     gradient = jax.value_and_grad(build_loss(model, loss_of, cfg, temperature), has_aux=True)
 
     def update(
@@ -160,20 +160,14 @@ def build_update(
             grads, (value, parts) = jax.lax.scan(accumulate, zeros, xs)
             value = jnp.sum(value)
             parts = Stats(jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        norm = optax.tree.norm(grads)
-        fine = jnp.isfinite(value) & jnp.isfinite(norm)
-
-        def unless_bad(new: Array, before: Array) -> Array:
-            return jnp.where(fine, new, before)
-
+        fine = jnp.isfinite(value) & jnp.isfinite(norm := optax.tree.norm(grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, fine=fine)
         params = jax.tree.map(
             lambda new, before: jnp.where(fine & jnp.isfinite(new), new, before),
             optax.apply_updates(state.params, updates),
             state.params,
         )
-        opt_state = jax.tree.map(unless_bad, opt_state, state.opt_state)
-        count = unless_bad(state.step + 1, state.step)
+        count = jnp.where(fine, state.step + 1, state.step)
         stats = {"loss": value, "grad_norm": norm, "skipped": 1.0 - fine.astype(jnp.float32)}
         stats |= {"num_tokens": jnp.sum(batch.mask).astype(jnp.float32)}
         stats |= parts.means | parts.maxima
