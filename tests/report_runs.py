@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from grpo_jax.evals import preference, report
+from grpo_jax import report
+from grpo_jax.evals import preference
 
 EVIL = "<script>alert('x')</script> \"quoted\" & {{title}} </textarea>"
 SCRIPTS = ("the file is open", "ཡིག་སྣོད་འདི་ཁ་ཕྱེ།", "ھۆججەت ئېچىلدى", "文件已打开", "መዝገቡ ተከፈተ")

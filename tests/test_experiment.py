@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import main
-from grpo_jax.evals import report
+from grpo_jax import main, report
 from grpo_jax.infra.files import read_jsonl
 from grpo_jax.infra.workdir import Workdir
 from grpo_jax.stages import run as run_lib

@@ -15,8 +15,7 @@ import pytest
 import whole
 from report_runs import ARMS, tree
 
-from grpo_jax import main
-from grpo_jax.evals import report
+from grpo_jax import main, report
 
 if browser.find() is None:
     pytest.skip(

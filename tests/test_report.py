@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import ARMS, EVIL, one, seeds, tree, write
 
-from grpo_jax.evals import plots, report, summary
-from grpo_jax.evals.runs import read_run
-from grpo_jax.report import main
+from grpo_jax import report
+from grpo_jax.report import plots, summary
+from grpo_jax.report.__main__ import main
+from grpo_jax.report.runs import read_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from report_runs import ARMS, one, tree, write
 
-from grpo_jax.evals import report
-from grpo_jax.evals.page import view
-from grpo_jax.evals.page_compare import baselines
+from grpo_jax import report
+from grpo_jax.report.page import view
+from grpo_jax.report.page_compare import baselines
 
 
 def pairs() -> dict[tuple[str, str], dict]:

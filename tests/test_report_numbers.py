@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import ARMS, averaged, one, retention, seeds, tree, write
 
-from grpo_jax.evals import compare, report, summary
+from grpo_jax import report
 from grpo_jax.evals import metrics as metrics_lib
-from grpo_jax.evals.runs import read_run
-from grpo_jax.evals.table import COLUMNS, Cell, cell, columns, order, table
-from grpo_jax.report import main
+from grpo_jax.report import compare, summary
+from grpo_jax.report.__main__ import main
+from grpo_jax.report.runs import read_run
+from grpo_jax.report.table import COLUMNS, Cell, cell, columns, order, table
 
 
 def test_long_curves_are_thinned_to_means_and_keep_their_last_value(tmp_path: Path) -> None:

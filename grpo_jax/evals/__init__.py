@@ -1,1 +1,1 @@
-"""Evaluation: pure functions over text and arrays, and the page that shows what they found."""
+"""Evaluation: pure functions over text and arrays, and a model's answers to tasks."""

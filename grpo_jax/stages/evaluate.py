@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from grpo_jax import report as report_lib
 from grpo_jax.config_arms import BASE
 from grpo_jax.config_dicts import flatten, stage_fields, to_dict
 from grpo_jax.data.corpus import Example
-from grpo_jax.evals import report as report_lib
 from grpo_jax.evals.floors import copy_source, translation_memory
 from grpo_jax.evals.metrics import translation_metrics
 from grpo_jax.evals.preference import judge_arms

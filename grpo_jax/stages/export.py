@@ -11,10 +11,10 @@ import jax
 
 from grpo_jax import hub
 from grpo_jax.config_arms import interpolation
-from grpo_jax.evals.table import COLUMNS, cell
 from grpo_jax.hub.folder import split_hub_id
 from grpo_jax.infra import distributed
 from grpo_jax.infra import mesh as mesh_lib
+from grpo_jax.report.table import COLUMNS, cell
 from grpo_jax.stages.evaluate import results
 from grpo_jax.stages.run import Run
 from grpo_jax.stages.weights import load_adapter, load_params

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from grpo_jax.evals.plots import mark
-from grpo_jax.evals.runs import Json
-from grpo_jax.evals.table import Column
+from grpo_jax.report.plots import mark
+from grpo_jax.report.runs import Json
+from grpo_jax.report.table import Column
 from grpo_jax.text.scripts import units
 
 MAX_TEXT = 2000  # characters of one text on the page

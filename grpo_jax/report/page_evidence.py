@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from grpo_jax.evals import plots
-from grpo_jax.evals.page import View, flatten, groups, named, text_span
-from grpo_jax.evals.page_head import duration
-from grpo_jax.evals.runs import Json, section
-from grpo_jax.evals.table import COLUMNS, FAILURES, is_number
+from grpo_jax.report import plots
+from grpo_jax.report.page import View, flatten, groups, named, text_span
+from grpo_jax.report.page_head import duration
+from grpo_jax.report.runs import Json, section
+from grpo_jax.report.table import COLUMNS, FAILURES, is_number
 
 ORDERS = (
     ("", "as in the test set"),

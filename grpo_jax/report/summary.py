@@ -37,7 +37,7 @@ one. Curves are averaged over equal stretches to at most MAX_POINTS points ("las
 itself). The totals of an arm count, once each, all arms that it comes from. Samples and rollouts
 are those of the first run.
 
-Comparisons: second - first, paired on equal rows (`grpo_jax.evals.compare`). "holm" is p corrected
+Comparisons: second - first, paired on equal rows (`grpo_jax.report.compare`). "holm" is p corrected
 for the arms in a table: all of second's group against first, and all of first's against second.
 Preferences: shares of the judged pairs in which the judge preferred first (win), neither or second
 (lose); score is wins and half the ties. "judged", "malformed" and "failed" count pairs, over all
@@ -57,10 +57,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.evals.compare import Drawn, compare, draw, over_seeds, preferences, resamples
-from grpo_jax.evals.costs import costs
-from grpo_jax.evals.runs import Arm, Json, Run, check_seeds, section
-from grpo_jax.evals.table import Cell, Column, cell, columns, is_number
+from grpo_jax.report.compare import Drawn, compare, draw, over_seeds, preferences, resamples
+from grpo_jax.report.costs import costs
+from grpo_jax.report.runs import Arm, Json, Run, check_seeds, section
+from grpo_jax.report.table import Cell, Column, cell, columns, is_number
 
 FORMAT = 1
 MAX_POINTS = 200  # of a curve

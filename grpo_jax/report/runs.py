@@ -16,7 +16,7 @@ import numpy as np
 
 from grpo_jax.config import Config
 from grpo_jax.config_dicts import flatten, identity, stage_fields, to_dict
-from grpo_jax.evals.table import FLOORS, is_number, order, title
+from grpo_jax.report.table import FLOORS, is_number, order, title
 
 Json = dict[str, Any]
 Series = dict[str, list[tuple[float, float]]]  # metric -> (step, value), in order

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.evals.metrics import Statistic, statistics
-from grpo_jax.evals.runs import Json, Run, section
-from grpo_jax.evals.table import is_number
+from grpo_jax.report.runs import Json, Run, section
+from grpo_jax.report.table import is_number
 
 BOOTSTRAP = 1000  # resamples behind a paired comparison, at least
 PER_ARM = 100  # and so many for each arm of a group, for p-values that survive their correction

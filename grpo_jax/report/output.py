@@ -1,7 +1,7 @@
 """report.html and report.json: what a run, or the seeds of an experiment, left behind.
 
 In: working directories. Out: one self-contained page that loads nothing, works offline and allows
-no script but its own, and beside it a file with the same numbers (its form: `evals.summary`).
+no script but its own, and beside it a file with the same numbers (its form: `report.summary`).
 `python -m grpo_jax.report` is the command line.
 """
 
@@ -17,11 +17,11 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from grpo_jax.evals import page_compare, page_curves, page_evidence, page_head, page_results
-from grpo_jax.evals.page import group_id, groups, view
-from grpo_jax.evals.runs import Json, read_run
-from grpo_jax.evals.summary import summarise
-from grpo_jax.evals.table import table
+from grpo_jax.report import page_compare, page_curves, page_evidence, page_head, page_results
+from grpo_jax.report.page import group_id, groups, view
+from grpo_jax.report.runs import Json, read_run
+from grpo_jax.report.summary import summarise
+from grpo_jax.report.table import table
 
 
 def build(workdirs: Path | Sequence[Path], output: Path | None = None) -> Path:
@@ -139,4 +139,4 @@ def _replace(path: Path, text: str) -> Path:
 
 
 def _packaged(name: str) -> str:
-    return resources.files("grpo_jax.evals").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("grpo_jax.report").joinpath(name).read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from grpo_jax.evals.page import (
+from grpo_jax.report.page import (
     View,
     chooser,
     group_id,
@@ -14,10 +14,10 @@ from grpo_jax.evals.page import (
     panels,
     signed,
 )
-from grpo_jax.evals.page_compare import baselines, compared
-from grpo_jax.evals.runs import Json, section
-from grpo_jax.evals.table import COLUMNS, Cell, Column, cell, is_number
-from grpo_jax.evals.tax_plot import Point, tax_plot
+from grpo_jax.report.page_compare import baselines, compared
+from grpo_jax.report.runs import Json, section
+from grpo_jax.report.table import COLUMNS, Cell, Column, cell, is_number
+from grpo_jax.report.tax_plot import Point, tax_plot
 
 TARGETS = {"similarity": "cosine, reward’s encoder", "judge_similarity": "cosine, second encoder"}
 KEPT = {

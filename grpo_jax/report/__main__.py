@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_jax.evals.report import plain, read, write
+from grpo_jax.report import plain, read, write
 
 
 def main(arguments: list[str] | None = None) -> int:

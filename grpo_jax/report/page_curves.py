@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from grpo_jax.evals import plots
-from grpo_jax.evals.page import COLOURS, View
-from grpo_jax.evals.runs import Json, section
-from grpo_jax.evals.table import is_number
+from grpo_jax.report import plots
+from grpo_jax.report.page import COLOURS, View
+from grpo_jax.report.runs import Json, section
+from grpo_jax.report.table import is_number
 
 DASHES = 4  # in report.css, the first being none
 # Curves shown at once, in this order; the rest waits behind a click.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_jax.evals.runs import Arm, Json, Run, section
-from grpo_jax.evals.table import is_number
+from grpo_jax.report.runs import Arm, Json, Run, section
+from grpo_jax.report.table import is_number
 
 
 def costs(arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Json]:

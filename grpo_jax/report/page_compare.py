@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from grpo_jax.evals.page import (
+from grpo_jax.report.page import (
     View,
     chooser,
     group_id,
@@ -16,8 +16,8 @@ from grpo_jax.evals.page import (
     panels,
     signed,
 )
-from grpo_jax.evals.runs import Json
-from grpo_jax.evals.table import Column, is_number
+from grpo_jax.report.runs import Json
+from grpo_jax.report.table import Column, is_number
 
 RATE = "sft.optimizer.learning_rate"
 PAIRED_NOTE = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from grpo_jax.evals import plots
-from grpo_jax.evals.page import View, is_multi, named
-from grpo_jax.evals.page_compare import comparisons
-from grpo_jax.evals.table import COLUMNS, FAILURES, Cell, Column, cell, is_known
+from grpo_jax.report import plots
+from grpo_jax.report.page import View, is_multi, named
+from grpo_jax.report.page_compare import comparisons
+from grpo_jax.report.table import COLUMNS, FAILURES, Cell, Column, cell, is_known
 
 FAILURE_NOTE = "Share of outputs. References that copy the source are not held against an arm."
 _FAILURES = {column.key for column in FAILURES}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_jax.evals.table import Cell
+from grpo_jax.report.table import Cell
 
 SHAPES = ("circle", "square", "diamond", "up", "down", "cross", "pentagon")
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from grpo_jax.evals.plots import Scale, grid_y, label_x, mark, padded, short, ticks
-from grpo_jax.evals.table import Cell
+from grpo_jax.report.plots import Scale, grid_y, label_x, mark, padded, short, ticks
+from grpo_jax.report.table import Cell
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 960, 540, 58, 16, 46
 _RIGHT = WIDTH - 14
