@@ -160,7 +160,8 @@ def build_update(
             grads, (value, parts) = jax.lax.scan(accumulate, zeros, xs)
             value = jnp.sum(value)
             parts = Stats(jax.tree.map(jnp.sum, parts.means), jax.tree.map(jnp.max, parts.maxima))
-        fine = jnp.isfinite(value) & jnp.isfinite(norm := optax.tree.norm(grads))
+        norm = optax.tree.norm(grads)
+        fine = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, fine=fine)
         params = jax.tree.map(
             lambda new, before: jnp.where(fine & jnp.isfinite(new), new, before),
