@@ -135,7 +135,7 @@ def test_stages_behind_the_training_run_again_when_something_changed(tmp_path):
 def test_rewind_leaves_no_duplicates_and_mends_a_torn_row(tmp_path):
     run = Workdir.open(tmp_path, Config())
     for arm, step in [("sft", 1), ("grpo", 1), ("sft", 2), ("grpo", 2), ("grpo", 3)]:
-        run.append(run.metrics, {"stage": arm, "step": step})
+        run.append(run.metrics, [{"stage": arm, "step": step}])
     run.close()
     with run.metrics.open("a") as file:
         file.write('{"stage": "grpo", "st')  # killed in the middle of a write

@@ -56,7 +56,7 @@ def _mark_phases(marks: Marks) -> None:
     from grpo_jax import hub
     from grpo_jax.infra import checkpoint, workdir
     from grpo_jax.rewards import scorer
-    from grpo_jax.stages import evaluate, grpo, run, sft
+    from grpo_jax.stages import evaluate, programs, run, sft
 
     def call(owner: Any, name: str, phase: str, after: bool = False) -> None:
         original = getattr(owner, name)
@@ -87,8 +87,8 @@ def _mark_phases(marks: Marks) -> None:
 
     call(run, "open_run", "load")
     built(sft, "build_update", "sft update")
-    built(grpo, "build_sampler", "sampling")
-    built(grpo, "build_update", "grpo update")
+    built(programs, "build_sampler", "sampling")
+    built(programs, "build_update", "grpo update")
     call(scorer.Scorer, "score", "scoring")
     call(checkpoint.Checkpoints, "save", "save", after=True)  # from here on it is being written
     call(workdir.Workdir, "append", "row")
