@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,14 +84,7 @@ class SentenceEncoder:
                 ids[i, : len(rows[place])] = rows[place]
                 lengths[i] = len(rows[place])
             pending.append((chosen, self._forward(self.params, ids, lengths)))
-
-        def wait() -> np.ndarray:
-            out = np.zeros((len(texts), self.dim), np.float32)
-            for chosen, vectors in pending:
-                out[chosen] = np.asarray(vectors)[: len(chosen)]
-            return out
-
-        return wait
+        return lambda: self._fetch(pending, len(texts))
 
     def shares_tokenizer(self, folder: Path) -> bool:
         """Whether a policy's token ids mean the same to this encoder, so that it can read them.
@@ -129,14 +122,7 @@ class SentenceEncoder:
             rows = np.resize(first[chosen], count).astype(np.int32)
             counts = np.asarray(lengths)[rows].astype(np.int32)
             pending.append((chosen, self._forward_ids(self.params, ids, rows, counts, width=width)))
-
-        def wait() -> np.ndarray:
-            distinct = np.zeros((len(first), self.dim), np.float32)
-            for chosen, vectors in pending:
-                distinct[chosen] = np.asarray(vectors)[: len(chosen)]
-            return distinct[place.reshape(-1)]
-
-        return wait
+        return lambda: self._fetch(pending, len(first))[place.reshape(-1)]
 
     def same_tokens(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """bool [N]: whether embed(texts) would see the very tokens that embed_ids sees.
@@ -191,6 +177,13 @@ class SentenceEncoder:
             rows = most if len(order) > most - few else few
             chosen, order = order[:rows], order[rows:]
             yield chosen, rows, width
+
+    def _fetch(self, pending: Sequence[tuple[np.ndarray, Array]], count: int) -> np.ndarray:
+        """Waits for the dispatched batches, (places, vectors) each: float32 [count, D]."""
+        out = np.zeros((count, self.dim), np.float32)
+        for chosen, vectors in pending:
+            out[chosen] = np.asarray(vectors)[: len(chosen)]
+        return out
 
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:

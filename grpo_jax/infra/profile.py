@@ -111,18 +111,18 @@ def _executions(plane: Any, window: Interval) -> dict[str, list[Interval]]:
     TPUs have a line of whole programs, GPUs a line a stream, with kernels and copies. A CPU's
     kernels lie in lines of the host's threads; all its devices are one here.
     """
-    lines = {line.name: line for line in plane.lines}
+    lines = list(plane.lines)  # of threads several may have one name
     events: Iterator[tuple[str, Any]]
-    if whole := lines.get("XLA Modules"):
-        events = ((event.name.partition("(")[0], event) for event in whole.events)
+    if whole := [line for line in lines if line.name == "XLA Modules"]:
+        events = ((event.name.partition("(")[0], event) for event in whole[0].events)
     else:
         device = plane.name.startswith("/device:")
         events = (
             (str(program or "other"), event)
-            for name, line in lines.items()
+            for line in lines
             for event in line.events
             if (program := dict(event.stats).get("hlo_module"))
-            or (device and name.startswith("Stream"))
+            or (device and line.name.startswith("Stream"))
         )
     out: dict[str, list[Interval]] = defaultdict(list)
     for program, event in events:

@@ -32,10 +32,9 @@ class MetricWriter:
         """Appends one row {"stage", "step", **metrics}; values are scalars of any kind."""
         if not distributed.is_main():
             return
-        row: dict[str, Any] = {"stage": stage, "step": int(step)}
-        for name, value in jax.device_get(metrics).items():
-            row[name] = self._clean(name, value)
-        self._board(stage, int(step)).file_writer.add_summary(_summary(row), int(step))
+        clean = {name: self._clean(name, x) for name, x in jax.device_get(metrics).items()}
+        self._board(stage, int(step)).file_writer.add_summary(_summary(clean), int(step))
+        row = {"stage": stage, "step": int(step)} | clean
         self._workdir.append(self._workdir.metrics, [row])
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
@@ -82,9 +81,9 @@ class MetricWriter:
         return value
 
 
-def _summary(row: dict[str, Any]) -> Any:
-    """The numbers of a row as one event: a tenth of the time that one event a number takes."""
+def _summary(metrics: dict[str, Any]) -> Any:
+    """The numbers among them as one event: a tenth of the time that one event a number takes."""
     from tensorboardX.proto.summary_pb2 import Summary
 
-    numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, float | int)}
+    numbers = {name: x for name, x in metrics.items() if isinstance(x, float | int)}
     return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
