@@ -169,7 +169,7 @@ def _arguments() -> argparse.Namespace:
     for size in args.size or []:
         if size not in work.SIZES:
             parser.error(f"--size: no model {size}; there are {', '.join(work.SIZES)}")
-    known = (*environments.ENVIRONMENTS, "ours-fixed", "ours-batches")
+    known = (*environments.ENVIRONMENTS, "ours-fixed", "ours-batches", "ours-padded")
     for peer in args.peers or []:
         if peer not in known:
             parser.error(f"--peers: no peer {peer}; there are {', '.join(known)}")

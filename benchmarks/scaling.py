@@ -92,6 +92,7 @@ def measure(point: Point, layers: int) -> dict[str, Any]:
     import jax
 
     from benchmarks import hlo, plan_check
+    from grpo_jax.learn import chunks
     from grpo_jax.models.decoder import DecoderConfig
     from grpo_jax.plan.model import trees
     from grpo_jax.rollout.draw import BLOCK
@@ -104,8 +105,11 @@ def measure(point: Point, layers: int) -> dict[str, Any]:
     case = plan_check.Case("", model, point.mesh, batch)
     cfg = plan_check.settings(case)
     text = plan_check.compile_phase(case, cfg, point.phase, jax.devices()).as_text()
-    program = hlo.read(text, trips=COMPLETION - 1)
-    tensor = point.mesh[2]
+    rows, tensor = point.mesh[0] * point.mesh[1], point.mesh[2]
+    # Loops whose turns depend on the batch: tokens in sampling, else chunks of the head.
+    held = point.prompts * GROUP * COMPLETION // rows
+    turns = chunks.count(held, model.vocab_size // tensor, "cpu")
+    program = hlo.read(text, COMPLETION - 1 if point.phase == "sampling" else turns)
     lanes = point.prompts * GROUP * tensor // len(jax.devices())
     largest = max(model.hidden_size, 2 * BLOCK, 2 * model.vocab_size // BLOCK)
     if bad := offences(program, trees(cfg, model).base, tensor, lanes, largest):

@@ -71,6 +71,7 @@ class Step:
     prompt_length: int = 64
     max_new_tokens: int = 64
     temperature: float = 1.0
+    mean_length: int = 0  # as of Sampling
     beta: float = 0.04
     loss_type: str = "grpo"
     learning_rate: float = 1e-6
@@ -138,6 +139,9 @@ TASKS = {
         ("ours-fixed", "ours-batches", "transformers", "tunix"),
     ),
     "grpo_step": Task("step", Step(), ("S", "M"), ("trl", "tunix")),
+    "grpo_step_lengths": Task(
+        "step", Step(max_new_tokens=128, mean_length=32), ("S", "M"), ("ours-padded",)
+    ),
     "encoder": Task("encoding", Encoding(), ("minilm",), ("sentence-transformers",)),
     "encoder_step": Task("encoding", Encoding(texts=32), ("minilm",), ("sentence-transformers",)),
     "memory_logps": Task("memory", Memory(part="logps"), ("S", "S-152k"), ()),
@@ -163,6 +167,11 @@ GPU_TASKS = {
     "grpo_step": dataclasses.replace(
         TASKS["grpo_step"],
         work=Step(prompts=16, max_new_tokens=256, checkpointing=True),
+        sizes=("smollm2-135m", "qwen3-1.7b"),
+    ),
+    "grpo_step_lengths": dataclasses.replace(
+        TASKS["grpo_step_lengths"],
+        work=Step(prompts=16, max_new_tokens=256, mean_length=64),
         sizes=("smollm2-135m", "qwen3-1.7b"),
     ),
     "encoder": dataclasses.replace(TASKS["encoder"], work=Encoding(texts=1024, batch_size=128)),

@@ -121,10 +121,11 @@ def test_token_choices_equal_the_training_log_probs() -> None:
     hidden = jax.random.normal(keys[0], (2, 3, 5, 8))
     head = jax.random.normal(keys[1], (8, 40))
     targets = jax.random.randint(keys[2], (2, 3, 5), 0, 40)
-    logps, best = token_choices(hidden, head, targets, cap=2.0)
-    wanted, _ = token_logps(hidden, head, targets, cap=2.0)
+    mask = np.broadcast_to(np.arange(5) < np.array([[5], [0], [3]]), targets.shape)
+    logps, best = token_choices(hidden, head, targets, mask, cap=2.0)
+    wanted, _ = token_logps(hidden, head, targets, mask, cap=2.0)
     np.testing.assert_allclose(logps, wanted, atol=1e-5)
-    np.testing.assert_array_equal(best, np.argmax(hidden @ head, -1) == targets)
+    np.testing.assert_array_equal(best, mask & (np.argmax(hidden @ head, -1) == targets))
 
 
 def test_likelihood_on_a_mesh(policy: Policy, scorer: PolicyScorer) -> None:

@@ -54,7 +54,7 @@ class Bigram:
     config = SimpleNamespace(final_logit_softcapping=0.0)
     rows = None
 
-    def apply(self, variables, prompt_ids, prompt_lengths, ids, rngs=None, method=""):
+    def apply(self, variables, prompt_ids, prompt_lengths, ids, packing=None, rngs=None, method=""):
         last = jnp.take_along_axis(prompt_ids, prompt_lengths[:, None] - 1, axis=1)
         last = jnp.broadcast_to(last[..., None], (*ids.shape[:2], 1))
         before = jnp.concatenate([last, ids[..., :-1]], axis=-1)

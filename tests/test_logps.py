@@ -36,22 +36,26 @@ def test_chunked_head_equals_the_unchunked(monkeypatch, lead):
     monkeypatch.setitem(chunks.LOGITS, "cpu", 512 * 50)
     hidden, kernel, targets = head_inputs(lead)
     weights = jnp.cos(jnp.arange(targets.size).reshape(lead))
+    mask = jnp.asarray(np.random.default_rng(1).random(lead) < 0.8)
 
     def outputs(fn):
         def loss(hidden, kernel):
-            logps, entropy = fn(hidden, kernel, targets, 0.7)
+            logps, entropy = fn(hidden, kernel)
             return jnp.sum(logps * weights), (logps, entropy)
 
         (_, values), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, kernel)
         return values, grads
 
-    (logps, entropy), grads = outputs(token_logps)
-    (wanted_logps, wanted_entropy), wanted_grads = outputs(direct_logps)
+    def direct(hidden, kernel):
+        return (jnp.where(mask, x, 0.0) for x in direct_logps(hidden, kernel, targets, 0.7))
+
+    (logps, entropy), grads = outputs(lambda h, k: token_logps(h, k, targets, mask, 0.7))
+    (wanted_logps, wanted_entropy), wanted_grads = outputs(direct)
     np.testing.assert_allclose(logps, wanted_logps, atol=1e-5)
     np.testing.assert_allclose(entropy, wanted_entropy, atol=1e-5)
     for got, wanted in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
-    blind = jax.grad(lambda h: token_logps(h, kernel, targets)[1].sum())(hidden)
+    blind = jax.grad(lambda h: token_logps(h, kernel, targets, mask)[1].sum())(hidden)
     assert not np.any(blind)  # entropy is a metric
 
 
@@ -84,8 +88,8 @@ def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
     monkeypatch.setitem(chunks.LOGITS, "cpu", 16 * 50)
     hidden, kernel, targets = head_inputs((2, 3, 7))
     rng = np.random.default_rng(1)
-    near = token_logps(hidden, kernel, targets, 0.7, cap)[0]
     mask = jnp.asarray(rng.random(targets.shape) < 0.8)
+    near = token_logps(hidden, kernel, targets, mask, 0.7, cap)[0]
 
     def close(scale):
         return near + scale * jnp.asarray(rng.normal(size=targets.shape), jnp.float32)
@@ -100,7 +104,7 @@ def test_the_loss_in_one_pass_is_the_loss_of_the_log_probs(monkeypatch, cap):
         return 3.0 * loss, stats
 
     def two_passes(hidden, kernel):
-        loss, stats = loss_fn(*token_logps(hidden, kernel, targets, 0.7, cap), tokens)
+        loss, stats = loss_fn(*token_logps(hidden, kernel, targets, mask, 0.7, cap), tokens)
         return 3.0 * loss, stats
 
     (got, wanted) = (
@@ -118,15 +122,16 @@ def test_the_head_on_a_mesh_is_that_of_one_device(monkeypatch, split):
     """Log-probs and their gradients, choices and KL; each device has chunks of its own."""
     monkeypatch.setitem(chunks.LOGITS, "cpu", 8 * 50)
     hidden, kernel, targets = head_inputs((4, 3, 7))
+    mask = jnp.asarray(np.random.default_rng(1).random((4, 3, 7)) < 0.7).at[2].set(False)
     mesh = make_mesh(Mesh(*split))
 
     def everything(hidden, kernel, rows=None):
         def loss(hidden, kernel):
-            logps, entropy = token_logps(hidden, kernel, targets, 0.7, 3.0, rows)
+            logps, entropy = token_logps(hidden, kernel, targets, mask, 0.7, 3.0, rows)
             return jnp.sum(logps * jnp.cos(entropy)), (logps, entropy)
 
-        choices = token_choices(hidden, kernel, targets, rows=rows)
-        kl = forward_kl(hidden, kernel, 0.9 * hidden, kernel[:, ::-1], rows=rows)
+        choices = token_choices(hidden, kernel, targets, mask, rows=rows)
+        kl = forward_kl(hidden, kernel, 0.9 * hidden, kernel[:, ::-1], mask, rows=rows)
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, kernel), choices, kl
 
     rows = batch_sharding(mesh)
@@ -146,7 +151,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, vocab, passes):
 
     def loss(hidden, kernel):
         if passes == 2:
-            return token_logps(hidden, kernel, targets)[0].sum()
+            return token_logps(hidden, kernel, targets, targets >= 0)[0].sum()
         ones = jnp.ones(targets.shape)
         tokens = Tokens(ones > 0, ones, ones, ones)
         return loss_of_tokens(hidden, kernel, targets, tokens, build_sft_loss().fn)[0]
@@ -171,12 +176,14 @@ def test_the_head_gradient_of_bfloat16_adds_up_in_float32(monkeypatch, kernel_dt
     targets = jnp.broadcast_to(targets, (count,))
     kernel = kernel.astype(kernel_dtype)
 
-    def loss(fn, kernel, dtype):
-        return fn(hidden.astype(dtype), kernel, targets, 1.0)[0].sum()
+    def loss(kernel):
+        return token_logps(hidden, kernel, targets, targets >= 0)[0].sum()
 
-    got = jax.grad(partial(loss, token_logps))(kernel, jnp.bfloat16)
-    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
-    wanted = jax.grad(partial(loss, direct_logps))(rounded, jnp.float32)
+    def direct(kernel):
+        return direct_logps(hidden.astype(jnp.float32), kernel, targets, 1.0)[0].sum()
+
+    got = jax.grad(loss)(kernel)
+    wanted = jax.grad(direct)(kernel.astype(jnp.bfloat16).astype(jnp.float32))
     assert got.dtype == kernel_dtype
     error = np.abs(np.asarray(got, np.float32) - wanted).max() / np.abs(wanted).max()
     assert error < 0.01
@@ -186,8 +193,45 @@ def test_forward_kl_is_the_kl():
     hidden_p, head_p, _ = head_inputs((2, 300))
     hidden_q, head_q = 0.9 * hidden_p + 0.1, head_p[:, ::-1]
     log_p, log_q = (jax.nn.log_softmax(h @ k) for h, k in ((hidden_p, head_p), (hidden_q, head_q)))
-    got = forward_kl(hidden_p, head_p, hidden_q, head_q)
+    mask = jnp.ones((2, 300), bool)
+    got = forward_kl(hidden_p, head_p, hidden_q, head_q, mask)
     wanted = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     assert got.shape == (2, 300) and (np.asarray(got) > 0).all()
-    np.testing.assert_allclose(forward_kl(hidden_p, head_p, hidden_p, head_p), 0, atol=1e-6)
+    np.testing.assert_allclose(forward_kl(hidden_p, head_p, hidden_p, head_p, mask), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", [None, (8, 1, 1)], ids=["one device", "eight"])
+def test_chunks_behind_the_last_token_are_not_computed(monkeypatch, split):
+    """What is not a number there reaches nothing: not even a gradient, which adds up chunks."""
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 4 * 50)
+    hidden, kernel, targets = head_inputs((8, 12))
+    rows = None if split is None else batch_sharding(make_mesh(Mesh(*split)))
+    if split is None:
+        hidden, targets = hidden.reshape(1, 96, -1), targets.reshape(1, 96)
+        counts, last = np.array([[37]]), 40
+    else:
+        counts = np.array([[0], [1], [4], [5], [8], [9], [12], [3]])
+        last = -(-counts // 4) * 4  # a device has a row, in three chunks
+    places = np.arange(hidden.shape[1])
+    mask = jnp.asarray(places < counts)
+    poisoned = jnp.where((places < last)[..., None], hidden, jnp.nan)
+    ones = jnp.ones(targets.shape)
+    tokens = Tokens(mask, mask * ones, mask * ones, ones)
+
+    def everything(hidden, kernel):
+        def loss(hidden, kernel):
+            fn = build_sft_loss().fn
+            one = loss_of_tokens(hidden, kernel, targets, tokens, fn, rows=rows)[0]
+            logps, entropy = token_logps(hidden, kernel, targets, mask, rows=rows)
+            return one + jnp.sum(logps * jnp.cos(entropy)), (logps, entropy)
+
+        kl = forward_kl(hidden, kernel, hidden, kernel[:, ::-1], mask, rows=rows)
+        choices = token_choices(hidden, kernel, targets, mask, rows=rows)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, kernel), choices, kl
+
+    run = jax.jit(everything)
+    got, wanted = jax.device_get((run(poisoned, kernel), run(hidden, kernel)))
+    chex.assert_trees_all_equal(got, wanted)
+    assert np.isfinite(got[0][1][1]).all() and np.abs(got[0][1][1]).max() > 0.1
+    assert not np.any(got[0][0][1][0][~np.asarray(mask)])

@@ -1,8 +1,8 @@
 """grpo_jax on every task, through the functions that the training stages call.
 
-The program's name picks how the sampling task's rows are arranged: "ours" as the package does it
-best, "ours-fixed" all rows in one batch, "ours-batches" in batches of the rows that "ours" holds
-at a time.
+The program's name picks how rows are arranged: "ours" as the package does it best; in sampling
+"ours-fixed" all rows in one batch, "ours-batches" in batches of the rows that "ours" holds at a
+time; in steps "ours-padded" trains on the padding too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import init_state
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.packing import slots_for
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages.generation import completion_ids
@@ -133,13 +134,17 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
         clock.append(time.perf_counter())
         width = bucket(int(local.mask.sum(-1).max()), T)
         batch = train_batch(cfg, ids, lengths, rollout, width)
-        batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+        slots = None
+        if spec["program"] != "ours-padded":
+            trained = lengths - 1 + local.mask.sum((1, 2))
+            slots = slots_for(trained, ids.shape[1] + G * width, work["micro_batches"], 1)
+        batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch, slots))
         tokens = completion_ids(local)
         totals = np.asarray(rewards(tokenizer.decode(tokens)), np.float32).reshape(-1, G)
         scored = advantages(totals, {}, cfg.advantage, cfg.scale_rewards)
         batch = batch._replace(advantages=scored)
         clock.append(time.perf_counter())
-        state, stats = update(state, frozen, batch, update_key)
+        state, stats = update(state, frozen, batch, update_key, slots)
         stats = jax.device_get(stats)
         jax.block_until_ready(state)
         clock.append(time.perf_counter())

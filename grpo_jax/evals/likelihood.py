@@ -56,8 +56,8 @@ def build_likelihood(model: Decoder) -> Callable[..., tuple[Array, Array]]:
         arguments = (prompt_ids, prompt_lengths, ids)
         hidden: Any = model.apply({"params": params}, *arguments, method="predict")
         cap = model.config.final_logit_softcapping
-        logps, best = token_choices(hidden, head(params), ids, cap, model.rows)
-        return jnp.sum(jnp.where(mask, logps, 0.0), -1), jnp.all(best | ~jnp.asarray(mask), -1)
+        logps, best = token_choices(hidden, head(params), ids, mask, cap, model.rows)
+        return jnp.sum(logps, -1), jnp.all(best | ~jnp.asarray(mask), -1)
 
     return jax.jit(likelihood)
 

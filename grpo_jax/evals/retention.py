@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.learn.logps import forward_kl, token_logps
@@ -33,9 +32,9 @@ def build_retention(model: Decoder) -> Callable[[dict, dict, TrainBatch], tuple[
 
         ours, theirs = hidden(params), hidden(base_params)
         cap = model.config.final_logit_softcapping
-        logps, _ = token_logps(ours, head(params), batch.ids, cap=cap, rows=model.rows)
-        kl = forward_kl(theirs, head(base_params), ours, head(params), cap, model.rows)
-        return jnp.where(batch.mask, -logps, 0.0), jnp.where(batch.mask, kl, 0.0)
+        logps, _ = token_logps(ours, head(params), batch.ids, batch.mask, 1.0, cap, model.rows)
+        kl = forward_kl(theirs, head(base_params), ours, head(params), batch.mask, cap, model.rows)
+        return -logps, kl
 
     return jax.jit(retention)
 

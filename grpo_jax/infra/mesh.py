@@ -19,7 +19,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax import config
-from grpo_jax.infra import distributed
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -157,7 +156,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def _row_parts(mesh: Mesh) -> int:
+def row_parts(mesh: Mesh) -> int:
+    """Devices that share a batch's rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -199,7 +199,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     """
     sharding = batch_sharding(mesh)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    check_rows(_row_parts(mesh), "the batch", rows * jax.process_count())
+    check_rows(row_parts(mesh), "the batch", rows * jax.process_count())
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )
@@ -207,7 +207,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 
 def put_same(mesh: Mesh, tree: Any) -> Any:
     """Places host arrays that every process holds alike: split by rows where they divide evenly."""
-    parts = _row_parts(mesh)
+    parts = row_parts(mesh)
 
     def put(x: Any) -> jax.Array:
         even = np.shape(x)[0] % parts == 0
@@ -231,8 +231,3 @@ def fetch_local(x: jax.Array) -> np.ndarray:
         return np.asarray(x)
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def global_max(value: int) -> int:
-    """The largest of all processes' values."""
-    return int(distributed.gather(np.array([value], np.int32)).max())

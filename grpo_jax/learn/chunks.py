@@ -1,7 +1,7 @@
 """Work on tokens through the output head, a chunk at a time: how many at once, and on which device.
 
 [B, T, V] never exists: a chunk has fewer tokens the larger the vocabulary, and every device works
-on chunks of its own rows.
+on chunks of its own rows, up to the last one that holds a token that counts.
 """
 
 from __future__ import annotations
@@ -70,45 +70,75 @@ class Shares(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How tokens are dealt out to n chunks whose logits fit LOGITS; chunk i takes i, i + n ..."""
+    """How tokens are dealt out, in their order, to n chunks whose logits fit LOGITS."""
 
     lead: tuple[int, ...]  # the leading axes, which are a token's
     n: int
 
     def split(self, x: Array) -> Array:
-        """[*lead, ...] -> [n, tokens / n, ...], padded with zeros."""
+        """[*lead, ...] -> [n, ceil(tokens / n), ...], padded with zeros."""
         tokens = math.prod(self.lead)
         x = x.reshape(tokens, *x.shape[len(self.lead) :])
         x = jnp.pad(x, ((0, -tokens % self.n), *((0, 0),) * (x.ndim - 1)))
-        return jnp.moveaxis(x.reshape(-1, self.n, *x.shape[1:]), 1, 0)
+        return x.reshape(self.n, -1, *x.shape[1:])
 
     def merge(self, x: Array) -> Array:
         """The inverse of `split`."""
-        x = jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+        x = x.reshape(-1, *x.shape[2:])
         return x[: math.prod(self.lead)].reshape(*self.lead, *x.shape[1:])
+
+    def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], start: Any, mask: Array) -> Any:
+        """As `lax.scan` over chunks, but only up to the last token that counts.
+
+        Args:
+          body: (carry, i) -> (carry, arrays of chunk i).
+          start: the first carry.
+          mask: bool [*lead], the tokens that count.
+
+        Returns:
+          the last carry; the arrays, stacked, 0 for chunks that were left out.
+        """
+        some = jnp.any(self.split(mask), axis=1)
+        wanted = jnp.max(jnp.where(some, 1 + jnp.arange(self.n), 0))
+        shapes = jax.eval_shape(body, start, 0)[1]
+        blank = jax.tree.map(lambda x: jnp.zeros((self.n, *x.shape), x.dtype), shapes)
+
+        def step(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            carry, found = body(state[0], i)
+            return carry, jax.tree.map(lambda out, x: out.at[i].set(x), state[1], found)
+
+        return jax.lax.fori_loop(0, wanted, step, (start, blank))
 
 
 def in_chunks(
     fn: Callable[..., Any],
     rows: NamedSharding | None,
     heads: tuple[Array, ...],
+    mask: Array,
     hidden: Array,
     *arrays: Array,
 ) -> Any:
-    """Maps fn(*heads, hidden, *arrays) over chunks of tokens.
+    """Maps fn(*heads, hidden, *arrays) over chunks of tokens; has no gradient of its own.
 
     Args:
       fn: of heads [D, V] and arrays [t, ...].
       rows: as in `token_logps`.
       heads: as they come, of any dtype.
+      mask: bool, the tokens that count; results are 0 elsewhere.
       hidden, arrays: the leading axes of all are a token's.
     """
-    work = Shares.of(hidden.shape[:-1], heads[0].shape[1], rows)
+    work = Shares.of(mask.shape, heads[0].shape[1], rows)
 
     def share(heads: tuple, xs: tuple) -> tuple[tuple, Any]:
-        chunks = work.chunks(xs[0].shape[:-1])
-        out = jax.lax.map(lambda x: fn(*heads, *x), jax.tree.map(chunks.split, xs))
-        return (), jax.tree.map(chunks.merge, out)
+        chunks = work.chunks(xs[0].shape)
+        split = jax.tree.map(chunks.split, xs)
+
+        def body(carry: tuple, i: Array) -> tuple[tuple, Any]:
+            mask, *arrays = jax.tree.map(lambda x: x[i], split)
+            found = fn(*heads, *arrays)
+            return carry, jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), found)
+
+        return (), jax.tree.map(chunks.merge, chunks.loop(body, (), xs[0])[1])
 
     heads = tuple(head.astype(hidden.dtype) for head in heads)
-    return work.run(share, heads, (hidden, *arrays))[1]
+    return work.run(share, heads, (mask, hidden, *arrays))[1]

@@ -23,11 +23,12 @@ from grpo_jax.models.layers import softcap
 from grpo_jax.structs import Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def token_logps(
     hidden: Array,
     head: Array,
     targets: Array,
+    mask: Array,
     temperature: float = 1.0,
     cap: float = 0.0,
     rows: NamedSharding | None = None,
@@ -38,13 +39,14 @@ def token_logps(
       hidden: [..., D], the state just before each token.
       head: [D, V].
       targets: int32 [...].
+      mask: bool [...], the tokens that are asked for; chunks behind the last one cost nothing.
       temperature: logits are divided by it; must be positive.
       cap: the model's final_logit_softcapping.
       rows: how the first axis of hidden and targets is split over devices; None: it is not. The
         vocabulary is split over the mesh's other axes, as far as it divides.
 
     Returns:
-      logps float32 [...] and entropy float32 [...] in nats (no gradient).
+      logps float32 [...] and entropy float32 [...] in nats (no gradient), 0 where masked.
     """
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
 
@@ -54,29 +56,32 @@ def token_logps(
         mean_score = jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
         return _at(scores, targets) - log_normaliser, log_normaliser - mean_score
 
-    return in_chunks(chunk, rows, (head,), hidden, targets)
+    return in_chunks(chunk, rows, (head,), mask, hidden, targets)
 
 
 def _logps_forward(
-    hidden: Array, head: Array, targets: Array, *settings: Any
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    return token_logps(hidden, head, targets, *settings), (hidden, head, targets)
+    hidden: Array, head: Array, targets: Array, mask: Array, *settings: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
+    given = (hidden, head, targets, mask)
+    return token_logps(*given, *settings), given
 
 
 def _logps_backward(
     temperature: float,
     cap: float,
     rows: NamedSharding | None,
-    given: tuple[Array, Array, Array],
+    given: tuple[Array, Array, Array, Array],
     cotangents: tuple[Array, Array],
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, None, None]:
     """The gradient of the log-probs' sum, weighted by what flows back to them."""
 
     def weighted(logps: Array, entropy: Array, weights: Array) -> tuple[jax.Array, Stats]:
         return jnp.sum(logps * weights), Stats({}, {})
 
-    found = _loss_and_flow(*given, cotangents[0], weighted, temperature, cap, rows)[1]
-    return *found, None
+    hidden, head, targets, mask = given
+    weights = jnp.where(mask, cotangents[0], 0.0)
+    found = _loss_and_flow(hidden, head, targets, mask, weights, weighted, temperature, cap, rows)
+    return *found[1], None, None
 
 
 token_logps.defvjp(_logps_forward, _logps_backward)
@@ -86,16 +91,17 @@ def token_choices(
     hidden: Array,
     head: Array,
     targets: Array,
+    mask: Array,
     cap: float = 0.0,
     rows: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
     """Log-probs of given tokens, and whether each is the likeliest of the vocabulary.
 
     Args:
-      hidden, head, targets, cap, rows: as in `token_logps`.
+      hidden, head, targets, mask, cap, rows: as in `token_logps`.
 
     Returns:
-      float32 [...] in nats, and bool [...].
+      float32 [...] in nats, and bool [...]; 0 and False where masked.
     """
 
     def chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
@@ -103,7 +109,7 @@ def token_choices(
         best = jnp.argmax(scores, axis=-1) == targets
         return _at(scores, targets) - jax.nn.logsumexp(scores, axis=-1), best
 
-    return in_chunks(chunk, rows, (head,), hidden, targets)
+    return in_chunks(chunk, rows, (head,), mask, hidden, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -119,21 +125,22 @@ def loss_of_tokens(
 ) -> tuple[Array, Stats]:
     """A loss that is a sum over tokens, with its gradient in one pass over the logits.
 
-    Equal to `loss_fn(*token_logps(hidden, head, targets, temperature, cap, rows), tokens)`, but
-    each chunk's gradient is taken while its logits are there, so that nothing is computed twice.
+    Equal to `loss_fn(*token_logps(hidden, head, targets, tokens.mask, temperature, cap, rows),
+    tokens)`, but each chunk's gradient is taken while its logits are there, so that nothing is
+    computed twice.
 
     Args:
       hidden: [..., D], differentiable.
       head: [D, V], differentiable.
       targets: int32 [...].
-      tokens: arrays [...].
+      tokens: arrays [...]; what the mask leaves out must cost nothing.
       loss_fn: of an objectives.Loss that is `by_token`.
       temperature, cap, rows: as in `token_logps`.
 
     Returns:
       the loss, float32 [], and its Stats, which have no gradient.
     """
-    return _loss_and_flow(hidden, head, targets, tokens, loss_fn, temperature, cap, rows)[0]
+    return _loss_forward(hidden, head, targets, tokens, loss_fn, temperature, cap, rows)[0]
 
 
 class _Sums(NamedTuple):
@@ -154,6 +161,7 @@ def _loss_and_flow(
     hidden: Array,
     head: Array,
     targets: Array,
+    mask: Array,
     tokens: Any,
     loss_fn: Callable[..., tuple[jax.Array, Stats]],
     temperature: float,
@@ -164,8 +172,8 @@ def _loss_and_flow(
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
     work = Shares.of(targets.shape, head.shape[1], rows)
 
-    def chunk(table: Array, sums: _Sums, xs: tuple) -> tuple[_Sums, Array]:
-        hidden, targets, tokens = xs
+    def chunk(table: Array, xs: tuple, sums: _Sums, i: Array) -> tuple[_Sums, Array]:
+        hidden, targets, tokens = jax.tree.map(lambda x: x[i], xs)
         capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1)
@@ -197,18 +205,25 @@ def _loss_and_flow(
         return sums, to_hidden.astype(hidden.dtype)
 
     def share(table: Array, xs: tuple) -> tuple[_Sums, Array]:
-        chunks = work.chunks(xs[1].shape)
+        mask, xs = xs[0], xs[1:]
+        chunks = work.chunks(mask.shape)
         xs = jax.tree.map(chunks.split, xs)
         first = jax.tree.map(lambda x: x[0], xs)
         shapes = jax.eval_shape(loss_fn, *([jnp.zeros(first[1].shape)] * 2), first[2])
         loss, stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         start = _Sums(loss, stats, jnp.zeros(table.shape, jnp.float32))
-        sums, to_hidden = jax.lax.scan(functools.partial(chunk, table), start, xs)
+        sums, to_hidden = chunks.loop(functools.partial(chunk, table, xs), start, mask)
         return sums.over(work.axes), chunks.merge(to_hidden)
 
     table = head.T.astype(hidden.dtype)  # [V, D], as a tied embedding lies in memory
-    sums, to_hidden = work.run(share, table, (hidden, targets, tokens))
+    sums, to_hidden = work.run(share, table, (mask, hidden, targets, tokens))
     return (sums.loss, sums.stats), (to_hidden, sums.table.T.astype(head.dtype))
+
+
+def _loss_forward(
+    hidden: Array, head: Array, targets: Array, tokens: Tokens, *settings: Any
+) -> tuple[tuple[Array, Stats], tuple[Array, Array]]:
+    return _loss_and_flow(hidden, head, targets, tokens.mask, tokens, *settings)
 
 
 def _loss_backward(
@@ -224,7 +239,7 @@ def _loss_backward(
     return to_hidden, to_head, None, None
 
 
-loss_of_tokens.defvjp(_loss_and_flow, _loss_backward)
+loss_of_tokens.defvjp(_loss_forward, _loss_backward)
 
 
 def forward_kl(
@@ -232,19 +247,20 @@ def forward_kl(
     head_p: Array,
     hidden_q: Array,
     head_q: Array,
+    mask: Array,
     cap: float = 0.0,
     rows: NamedSharding | None = None,
 ) -> Array:
-    """KL(p || q) over the whole vocabulary at each position.
+    """KL(p || q) over the whole vocabulary at each position; without gradient.
 
     Args:
       hidden_p, hidden_q: [..., D] states of the two models.
       head_p, head_q: [D, V].
       cap: the models' final_logit_softcapping.
-      rows: as in `token_logps`.
+      mask, rows: as in `token_logps`.
 
     Returns:
-      float32 [...] in nats.
+      float32 [...] in nats, 0 where masked.
     """
 
     def chunk(head_p: Array, head_q: Array, hidden_p: Array, hidden_q: Array) -> Array:
@@ -252,7 +268,7 @@ def forward_kl(
         log_q = jax.nn.log_softmax(_scores(hidden_q, head_q, cap), axis=-1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    return in_chunks(chunk, rows, (head_p, head_q), hidden_p, hidden_q)
+    return in_chunks(chunk, rows, (head_p, head_q), mask, hidden_p, hidden_q)
 
 
 def _scores(hidden: Array, head: Array, cap: float) -> Array:

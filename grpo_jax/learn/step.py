@@ -19,6 +19,7 @@ from grpo_jax.learn.logps import loss_of_tokens, token_logps
 from grpo_jax.learn.objectives import Loss, Stats, token_weights, tokens_of
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, head
+from grpo_jax.models.packing import Packing
 from grpo_jax.structs import Array, TrainBatch, TrainState
 
 
@@ -35,49 +36,80 @@ def init_state(trained: dict, optimizer: optax.GradientTransformation) -> TrainS
 
 
 def batch_logps(
-    model: Decoder, variables: dict, batch: TrainBatch, temperature: float, rngs: dict | None = None
+    model: Decoder,
+    variables: dict,
+    batch: TrainBatch,
+    temperature: float,
+    rngs: dict | None = None,
+    slots: int | None = None,
 ) -> tuple[Array, Array]:
-    """Log-probs and entropy, float32 [P, G, T], of the completions of a batch."""
-    hidden = _hidden(model, variables, batch, rngs)
+    """Log-probs and entropy, float32 [P, G, T], of the completions of a batch, 0 where masked."""
+    hidden, packing = _hidden(model, variables, batch, rngs, slots)
+    targets = _in_order(packing, (batch.ids, batch.mask))
     cap = model.config.final_logit_softcapping
-    return token_logps(hidden, head(variables["params"]), batch.ids, temperature, cap, model.rows)
+    found = token_logps(hidden, head(variables["params"]), *targets, temperature, cap, model.rows)
+    if packing is None:
+        return found
+    logps, entropy = map(jnp.asarray, found)
+    shape = batch.ids.shape
+    return packing.unpack_completions(logps, shape), packing.unpack_completions(entropy, shape)
 
 
-def _hidden(model: Decoder, variables: dict, batch: TrainBatch, rngs: dict | None) -> Any:
-    """The states just before each completion token, [P, G, T, D]."""
-    return model.apply(
-        variables, batch.prompt_ids, batch.prompt_lengths, batch.ids, rngs=rngs, method="predict"
-    )
+def _hidden(
+    model: Decoder, variables: dict, batch: TrainBatch, rngs: dict | None, slots: int | None
+) -> tuple[Any, Packing | None]:
+    """The states just before each completion token, [P, G, T, D] or, with slots, packed.
+
+    Where there are too few slots nothing is a number, so that no step is made of a part.
+    """
+    lengths = jnp.asarray(batch.prompt_lengths)
+    packing = None
+    if slots is not None:
+        places = batch.prompt_ids.shape[1]
+        packing = Packing.of(lengths, places, jnp.asarray(batch.mask), slots, model.rows)
+    arguments = (batch.prompt_ids, lengths, batch.ids, packing)
+    hidden: Any = model.apply(variables, *arguments, rngs=rngs, method="predict")
+    if packing is not None:
+        hidden = jnp.where(packing.complete[:, None, None], hidden, jnp.nan)
+    return hidden, packing
 
 
-def build_logps(
-    model: Decoder, temperature: float, micro_batches: int = 1
-) -> Callable[[dict, TrainBatch], Array]:
-    """The jitted function logps(variables, batch) -> float32 [P, G, T], without gradient."""
+def _in_order(packing: Packing | None, arrays: Any) -> Any:
+    """Arrays [P, G, T] in the order of `_hidden`."""
+    return arrays if packing is None else jax.tree.map(packing.pack_completions, arrays)
 
-    def logps(variables: dict, batch: TrainBatch) -> Array:
+
+def build_logps(model: Decoder, temperature: float, micro_batches: int = 1) -> Callable[..., Array]:
+    """The jitted function logps(variables, batch, slots=None) -> float32 [P, G, T], no gradient.
+
+    0 where the batch is masked; slots as for `build_update`.
+    """
+
+    def logps(variables: dict, batch: TrainBatch, slots: int | None = None) -> Array:
         def one(micro: TrainBatch) -> Array:
-            return batch_logps(model, variables, micro, temperature)[0]
+            return batch_logps(model, variables, micro, temperature, slots=slots)[0]
 
         if micro_batches == 1:
             return one(batch)
         out = jax.lax.map(one, _split(batch, micro_batches))
         return jnp.moveaxis(out, 0, 1).reshape(batch.ids.shape)
 
-    return jax.jit(logps)
+    return jax.jit(logps, static_argnames="slots")
 
 
 def build_loss(
     model: Decoder, loss_of: Loss, cfg: Lora, temperature: float
-) -> Callable[[dict, dict | None, TrainBatch, Array, Array, Array | None], tuple[Array, Stats]]:
-    """loss(trained, frozen, batch, weights, shares, key) -> (float32 [], Stats), not jitted.
+) -> Callable[..., tuple[Array, Stats]]:
+    """loss(trained, frozen, batch, weights, shares, key, slots=None) -> (float32 [], Stats).
+
+    Not jitted.
 
     Args:
       model, loss_of, cfg, temperature: as for `build_update`.
 
     Returns:
       loss. `weights` and `shares` are float32 [P, G, T] of `token_weights`, and what they leave out
-      costs nothing; `key` drives LoRA dropout, None: there is none.
+      costs nothing; `key` drives LoRA dropout, None: there is none; slots as for `build_update`.
     """
 
     def loss(
@@ -87,17 +119,19 @@ def build_loss(
         weights: Array,
         shares: Array,
         key: Array | None,
+        slots: int | None = None,
     ) -> tuple[Array, Stats]:
         variables = policy_variables(trained, frozen, cfg)
         rngs = {"dropout": key} if cfg.rank and cfg.dropout and key is not None else None
         tokens = tokens_of(batch, weights, shares)
         if not loss_of.by_token:
-            return loss_of.fn(*batch_logps(model, variables, batch, temperature, rngs), tokens)
+            logps = batch_logps(model, variables, batch, temperature, rngs, slots)
+            return loss_of.fn(*logps, tokens)
+        hidden, packing = _hidden(model, variables, batch, rngs, slots)
         return loss_of_tokens(
-            _hidden(model, variables, batch, rngs),
+            hidden,
             head(variables["params"]),
-            batch.ids,
-            tokens,
+            *_in_order(packing, (batch.ids, tokens)),
             loss_of.fn,
             temperature,
             model.config.final_logit_softcapping,
@@ -117,8 +151,8 @@ def build_update(
     max_completion_length: int = 1,
     temperature: float = 1.0,
     micro_batches: int = 1,
-) -> Callable[[TrainState, dict | None, TrainBatch, Array], tuple[TrainState, dict[str, Array]]]:
-    """The jitted, donated update(state, frozen, batch, key) -> (state, stats).
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted, donated update(state, frozen, batch, key, slots=None) -> (state, stats).
 
     Args:
       model: the decoder.
@@ -130,7 +164,9 @@ def build_update(
       micro_batches: the batch's prompts are split into this many, and gradients accumulated.
 
     Returns:
-      update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. stats holds
+      update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. `slots` is how
+      many tokens of a micro-batch a device works on (models.packing.slots_for), None: on all, padding
+      with them; it changes the time, and results only as rounding does. stats holds
       float32 scalars: loss, grad_norm, num_tokens, skipped and those of the loss function. If the
       loss or the gradient's norm is not finite, skipped is 1 and the new state is the old one, bit
       for bit. A parameter that its own step would make infinite (a huge learning rate) stays.
@@ -139,7 +175,11 @@ def build_update(
     gradient = jax.value_and_grad(build_loss(model, loss_of, cfg, temperature), has_aux=True)
 
     def update(
-        state: TrainState, frozen: dict | None, batch: TrainBatch, key: Array
+        state: TrainState,
+        frozen: dict | None,
+        batch: TrainBatch,
+        key: Array,
+        slots: int | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         batches = _split(batch, micro_batches)
         weights = token_weights(batches.mask, loss_type, max_completion_length)
@@ -147,14 +187,14 @@ def build_update(
         keys = jax.random.split(key, micro_batches)
 
         def accumulate(grads: dict, xs: tuple) -> tuple[dict, tuple[Array, Stats]]:
-            out, new = gradient(state.params, frozen, *xs)
+            out, new = gradient(state.params, frozen, *xs, slots)
             return jax.tree.map(jnp.add, grads, new), out
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
         xs = (batches, weights, token_mean, keys)
         if micro_batches == 1:
             (value, parts), grads = gradient(
-                state.params, frozen, *jax.tree.map(lambda x: x[0], xs)
+                state.params, frozen, *jax.tree.map(lambda x: x[0], xs), slots
             )
         else:
             grads, (value, parts) = jax.lax.scan(accumulate, zeros, xs)
@@ -174,7 +214,7 @@ def build_update(
         stats |= parts.means | parts.maxima
         return TrainState(count, params, opt_state), stats
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, static_argnames="slots")
 
 
 def _split(batch: TrainBatch, parts: int) -> TrainBatch:

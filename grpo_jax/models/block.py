@@ -2,6 +2,7 @@
 
 A training forward packs a prompt and its G completions into one row [S + G T] and lets the
 attention see the prompt as a prefix they share, so a group costs one prompt, in compute and memory.
+With a packing only attention sees that row; all else works on the tokens that count.
 Decoding adds one token to each of P x G caches and sees the same prefix.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from grpo_jax.models.layers import KV, Array, Linear, RMSNorm, attention, spread
+from grpo_jax.models.packing import Packing
 from grpo_jax.models.rope import Rope, Rotation, rotate, rotations, still
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
@@ -90,11 +92,12 @@ class LayerKind(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a packed batch stand: the same for every layer."""
+    """Where the tokens of a batch stand: the same for every layer."""
 
     positions: Array  # int32 [P, X]
-    prompt_mask: Array  # bool [P, S]
-    rotation: Rotation  # [R, P, X, H / 2], one for each of DecoderConfig.ropes
+    prompt_mask: Array  # bool [P, S], what completions see of their prompt
+    rotation: Rotation  # [R, P, X, H / 2] or [R, B, N, H / 2]: one for each of DecoderConfig.ropes
+    packing: Packing | None = None  # None: layers see the grid [P, X] itself
 
 
 def all_rotations(config: DecoderConfig, positions: Array) -> Rotation:
@@ -150,17 +153,19 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, layout: Layout, kind: LayerKind, num_generations: int
     ) -> tuple[Array, KV]:
-        """Prompt and completions packed: x [P, S + G T, D] -> [P, S + G T, D], the prompt's KV."""
-        positions, prompt_mask, rotation = layout
+        """Of whole rows: x [P, S + G T, D] or packed [B, N, D] -> the same, and prompts' KV."""
+        positions, prompt_mask, rotation, packing = layout
         P, S = prompt_mask.shape
         q, k, v = self.project(x, pick(rotation, kind))
+        if packing is not None:
+            q, k, v = (packing.unpack(y) for y in (q, k, v))
         seen = prompt_mask[:, None, None, None, None]
 
         prefix = _kv(k[:, :S], v[:, :S])
         own = KV(prefix.k[:, None], prefix.v[:, None])
         out = self._attend(q[:, None, :S], own, self._causal(S, kind) & seen)[:, 0]
         if num_generations:
-            T = (x.shape[1] - S) // num_generations
+            T = (q.shape[1] - S) // num_generations
 
             def grouped(a: Array) -> Array:
                 return a[:, S:].reshape(P, num_generations, T, *a.shape[2:])
@@ -169,6 +174,8 @@ class Attention(nn.Module):
             seen = seen & self._near(grouped(positions)[:, :, None, None, :, None], S, kind)
             rest = self._attend(grouped(q), own, self._causal(T, kind), (prefix, seen))
             out = jnp.concatenate([out, rest.reshape(P, num_generations * T, -1)], axis=1)
+        if packing is not None:
+            out = packing.pack(out)
         return self.o_proj(out), prefix
 
     def decode(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
 from grpo_jax.models.layers import KV, Array, Embed, RMSNorm, crosswise, softcap, spread
+from grpo_jax.models.packing import Packing
 
 __all__ = ["Decoder", "DecoderConfig", "head", "logits", "scale_embedding"]
 
@@ -36,13 +37,20 @@ class Decoder(nn.Module):
         prompt_mask: Array,
         num_generations: int,
         return_kv: bool,
+        packing: Packing | None = None,
     ) -> tuple[Array, KV | None]:
-        """Packed ids [P, X] -> hidden [P, X, D] and, if asked, the prompt's KV [L, P, K, S, H]."""
+        """Ids [P, X], prompts with their completions -> hidden [P, X, D] or, packed, [B, N, D].
+
+        If asked, the prompts' KV [L, P, K, S, H] too.
+        """
         c = self.config
+        seen = positions
+        if packing is not None:
+            ids, seen = packing.pack(ids), packing.pack(positions)
         embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed_tokens")
         x = spread(embed(ids), crosswise(self.rows))
         x = spread(scale_embedding(c, x), self.rows)
-        layout = Layout(positions, prompt_mask, all_rotations(c, positions))
+        layout = Layout(positions, prompt_mask, all_rotations(c, seen), packing)
         kinds = jax.tree.map(lambda *kind: jnp.stack(kind), *c.layer_kinds())
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         layers = nn.scan(
@@ -77,32 +85,42 @@ class Decoder(nn.Module):
         assert kv is not None
         return _at(hidden, lengths - 1), kv
 
-    def predict(self, prompt_ids: Array, prompt_lengths: Array, ids: Array) -> Array:
+    def predict(
+        self,
+        prompt_ids: Array,
+        prompt_lengths: Array,
+        ids: Array,
+        packing: Packing | None = None,
+    ) -> Array:
         """The hidden states that predict each completion token, G completions to a prompt.
+
+        A completion's row begins with the prompt's last token, so that each of its states predicts
+        one of its own tokens; the prompt's tokens before that are shared.
 
         Args:
           prompt_ids: int32 [P, S], padded on the right.
           prompt_lengths: int32 [P], at least 1.
           ids: int32 [P, G, T] completions, padded on the right.
+          packing: of these prompts and completions; None: padding is computed too.
 
         Returns:
-          [P, G, T, D]: entry t is the state just before token t.
+          [P, G, T, D]: entry t is the state just before token t. With a packing [B, N, D], the same
+          in its order (`Packing.pack_completions`).
         """
         P, S = prompt_ids.shape
         _, G, T = ids.shape
         chex.assert_shape(prompt_lengths, (P,))
-        positions, mask = _prompt_layout(prompt_ids, prompt_lengths)
-        # The last token predicts nothing that is asked for, so it is not computed.
-        own = prompt_lengths[:, None, None] + jnp.arange(T - 1)[None, None]
-        own = jnp.broadcast_to(own, (P, G, T - 1)).reshape(P, -1)
-        packed = jnp.concatenate([prompt_ids, ids[:, :, :-1].reshape(P, -1)], axis=1)
+        positions, prompt_mask = _prompt_layout(prompt_ids, prompt_lengths - 1)
+        own = (prompt_lengths - 1)[:, None, None] + jnp.arange(T)
+        own = jnp.broadcast_to(own, (P, G, T)).reshape(P, -1)
         positions = jnp.concatenate([positions, own], axis=1)
-        groups = G if T > 1 else 0  # with one token each, nothing stands behind the prompt
-        hidden, _ = self.forward(packed, positions, mask, groups, False)
-        first = _at(hidden, prompt_lengths - 1)[:, None, None]
-        first = jnp.broadcast_to(first, (P, G, 1, first.shape[-1]))
-        rest = hidden[:, S:].reshape(P, G, T - 1, hidden.shape[-1])
-        return jnp.concatenate([first, rest], axis=2)
+        last = jnp.broadcast_to(_at(prompt_ids, prompt_lengths - 1)[:, None, None], (P, G, 1))
+        read = jnp.concatenate([last, ids[:, :, :-1]], axis=2)
+        row = jnp.concatenate([prompt_ids, read.reshape(P, -1)], axis=1)
+        hidden, _ = self.forward(row, positions, prompt_mask, G, False, packing)
+        if packing is not None:
+            return hidden
+        return hidden[:, S:].reshape(P, G, T, hidden.shape[-1])
 
 
 class Head(nn.Module):
@@ -125,8 +143,8 @@ def _prompt_layout(ids: Array, lengths: Array) -> tuple[Array, Array]:
 
 
 def _at(x: Array, index: Array) -> Array:
-    """x [P, S, D], index [P] -> x[p, index[p]] as [P, D]."""
-    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    """x [P, S, ...], index [P] -> x[p, index[p]] as [P, ...]."""
+    return jax.vmap(lambda row, i: row[i])(x, index)
 
 
 def scale_embedding(config: DecoderConfig, x: Array) -> Array:

@@ -83,9 +83,9 @@ class Batch:
         )  # fmt: skip
 
     @property
-    def packed(self) -> int:
-        """Tokens of a training row: the prompt and all its completions but their last tokens."""
-        return self.S + self.G * (self.T - 1)
+    def places(self) -> int:
+        """Of a training row: the prompt and all its completions, taken to be without padding."""
+        return self.S + self.G * self.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _forward(
     width = jnp.dtype(cfg.model.dtype).itemsize
     per_layer = _layer_bytes(c, cfg, p, batch.S, batch.G, batch.T, split.tensor)
     return {
-        "activations": p * batch.packed * c.hidden_size * width + per_layer * FORWARD_SHARE,
+        "activations": p * batch.places * c.hidden_size * width + per_layer * FORWARD_SHARE,
         "logits chunk": _chunk(c, p, batch, split, backend),
         "output matrix": c.vocab_size * c.hidden_size * width * (split.fsdp > 1) / split.tensor,
         "gathered layer": _gathered(cfg, c, split),
@@ -203,7 +203,7 @@ def _update(
 ) -> dict[str, float]:
     p = _rows(batch.P // (batch.mini * batch.micro), split)
     width = jnp.dtype(cfg.model.dtype).itemsize
-    x = float(p * batch.packed * c.hidden_size * width)
+    x = float(p * batch.places * c.hidden_size * width)
     layer = _layer_bytes(c, cfg, p, batch.S, batch.G, batch.T, split.tensor)
     gradients = _share(split, trees, "trained")
     if batch.micro > 1:  # the sum so far, in float32, beside the micro-batch's own
@@ -258,11 +258,11 @@ def layer_parameters(c: DecoderConfig) -> int:
 def _layer_bytes(
     c: DecoderConfig, cfg: Config, p: int, S: int, G: int, T: int, tensor: int
 ) -> float:
-    """Bytes that one layer keeps for its backward pass, for p packed rows."""
+    """Bytes that one layer keeps for its backward pass, for p rows."""
     a = cfg.model.lora
     local = _local(c, tensor)
     setting = (a.rank, a.targets if a.rank else (), a.dropout if a.rank else 0.0)
-    return p * _per_prompt(local, _Packed(cfg.model.dtype, S, G, T, *setting))
+    return p * _per_prompt(local, _Row(cfg.model.dtype, S, G, T, *setting))
 
 
 def _local(c: DecoderConfig, tensor: int) -> DecoderConfig:
@@ -277,8 +277,8 @@ def _local(c: DecoderConfig, tensor: int) -> DecoderConfig:
     )
 
 
-class _Packed(NamedTuple):
-    """A packed row and how it is computed; hashable, for the cache."""
+class _Row(NamedTuple):
+    """A training row and how it is computed; hashable, for the cache."""
 
     dtype: str
     S: int
@@ -290,19 +290,18 @@ class _Packed(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _per_prompt(c: DecoderConfig, row: _Packed) -> float:
+def _per_prompt(c: DecoderConfig, row: _Row) -> float:
     """What grows with each prompt: the difference between two prompts and one."""
     return float(_residuals(c, 2, row) - _residuals(c, 1, row))
 
 
-def _residuals(c: DecoderConfig, P: int, row: _Packed) -> int:
+def _residuals(c: DecoderConfig, P: int, row: _Row) -> int:
     """Bytes of what `jax.vjp` of one layer hands to its backward pass."""
     dtype, S, G, T, rank, targets, dropout = row
-    groups = G if T > 1 else 0
-    layer = DecoderLayer(c, jnp.dtype(dtype), dropout, groups, False)
+    layer = DecoderLayer(c, jnp.dtype(dtype), dropout, G, False)
     kind = jax.tree.map(jnp.asarray, c.layer_kinds()[0])
     shape = jax.ShapeDtypeStruct
-    X = S + groups * (T - 1)
+    X = S + G * T
     x = shape((P, X, c.hidden_size), jnp.dtype(dtype))
     positions, mask = shape((P, X), jnp.int32), shape((P, S), jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0))

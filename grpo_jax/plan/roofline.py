@@ -92,11 +92,11 @@ def _sampling(
 
 
 def _forward_flops(c: DecoderConfig, batch: Batch) -> float:
-    """FLOPs of the layers for one packed row; completions see the prompt and themselves."""
+    """FLOPs of the layers for one training row; completions see the prompt and themselves."""
     S, G, T = batch.S, batch.G, batch.T
     pairs = S * S + G * T * (S + T)  # both halves of the causal square are computed
     attention = 4.0 * c.num_heads * c.head_dim * pairs
-    return c.num_layers * (2.0 * layer_parameters(c) * batch.packed + attention)
+    return c.num_layers * (2.0 * layer_parameters(c) * batch.places + attention)
 
 
 def _bytes(
@@ -115,6 +115,6 @@ def _bytes(
     if not cfg.model.lora.rank:
         sent += passes * numbers * 4 / t * around
         replicas = 2 * numbers * 4 / (f * t) * (split.data - 1) / split.data
-    summed = p * batch.packed * c.hidden_size * width * 2 * (t - 1) / t
+    summed = p * batch.places * c.hidden_size * width * 2 * (t - 1) / t
     forwards = (2 + cfg.model.remat) * cfg.grpo.num_iterations + (cfg.grpo.beta > 0)
     return 2 * c.num_layers * summed * forwards, sent, replicas

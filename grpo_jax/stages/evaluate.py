@@ -142,7 +142,7 @@ def _inputs(run: Run, group: str) -> dict[str, Any]:
     sections = {"model": cfg.model, "encoder": cfg.encoder, "data": cfg.data}
     fields |= flatten({name: to_dict(section) for name, section in sections.items()})
     fields["reward.language"] = cfg.reward.language
-    apart = ("evaluation.preference.", "encoder.batch_size", "model.remat")
+    apart = ("evaluation.preference.", "encoder.batch_size", "model.remat", "model.padding_free")
     return {k: v for k, v in fields.items() if not k.startswith(apart)}
 
 

@@ -27,7 +27,7 @@ from grpo_jax.stages import learner as learning
 from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import calibrated_tau, completion_ids, generate, merged
 from grpo_jax.stages.guard import Guard
-from grpo_jax.stages.programs import build_programs, train_batch
+from grpo_jax.stages.programs import build_programs, train_batch, train_mask
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
@@ -82,10 +82,12 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             local = jax.tree.map(mesh_lib.fetch_local, rollout)
             clock.append(time.monotonic())
 
-            longest = mesh_lib.global_max(int(local.mask.sum(-1).max()))
+            tokens, longest = _sizes(cfg, prompts, local)
             batch = train_batch(cfg, ids, lengths, rollout, bucket(longest, T))
             if cfg.beta > 0:  # the device computes these while the host reads the texts
-                batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch))
+                slots = learning.slots(run, batch, tokens, cfg.gradient_accumulation_steps)
+                ref_logps = reference_logps({"params": frozen}, batch, slots)
+                batch = batch._replace(ref_logps=ref_logps)
             texts = run.base.tokenizer.decode(completion_ids(local))
             read = rollout if jax.process_count() == 1 else local
             rewards = arm.scorer.score(texts, prompts.rows, tau, read if as_tokens else None)
@@ -95,8 +97,10 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             clock.append(time.monotonic())
 
             stats = []
+            parts = cfg.gradient_accumulation_steps * cfg.num_minibatches
+            slots = learning.slots(run, batch, tokens, parts)
             for minibatch, update_key in zip(_minibatches(cfg, batch), update_keys, strict=True):
-                state, stat = update(state, frozen, minibatch, update_key)
+                state, stat = update(state, frozen, minibatch, update_key, slots)
                 stats.append(stat)
             stats = jax.device_get(stats)
             clock.append(time.monotonic())
@@ -119,6 +123,14 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
             if guard.stopped:
                 break
     run.workdir.note_arm(arm.name, learner.cost.spent(), done=True)
+
+
+def _sizes(cfg: GRPO, prompts: PromptBatch, local: Rollout) -> tuple[np.ndarray, int]:
+    """Of all processes' prompts, int [P]: tokens to train on, and the longest completion."""
+    trained = np.asarray(train_mask(cfg, local)).sum((1, 2))
+    facts = np.stack([prompts.lengths - 1 + trained, local.mask.sum(-1).max(-1)], axis=1)
+    tokens, longest = distributed.gather(facts.astype(np.int32)).T
+    return tokens, int(longest.max())
 
 
 def _advantages(run: Run, arm: OpenArm, rewards: Rewards) -> Array:

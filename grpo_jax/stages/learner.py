@@ -16,12 +16,14 @@ import numpy as np
 
 from grpo_jax.config_arms import BASE
 from grpo_jax.data.batches import take
+from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra import profile
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.memory import peak_bytes
 from grpo_jax.infra.signals import Deferred, Stopped
 from grpo_jax.learn.optimizer import build_optimizer, build_schedule
 from grpo_jax.learn.step import init_state
+from grpo_jax.models.packing import slots_for
 from grpo_jax.stages import weights
 from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.nonfinite import Nonfinite
@@ -206,6 +208,19 @@ def batch_indices(
     everyone = take(rows, batch_size, seed, step)
     here, processes = jax.process_index(), jax.process_count()
     return take(rows, batch_size, seed, step, here, processes), everyone
+
+
+def slots(run: Run, batch: TrainBatch, tokens: np.ndarray, parts: int) -> int | None:
+    """How many slots to pack a batch into, on each device; None: it is computed with its padding.
+
+    Args:
+      tokens, parts: as in `models.packing.slots_for`, of all processes.
+    """
+    if not run.cfg.model.padding_free:
+        return None
+    _, G, T = batch.ids.shape
+    places = batch.prompt_ids.shape[1] + G * T
+    return slots_for(tokens, places, parts, mesh_lib.row_parts(run.mesh))
 
 
 def check_finite(

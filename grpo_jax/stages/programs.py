@@ -20,8 +20,8 @@ class Programs(NamedTuple):
     """In the order of their calls; each compiles anew for each bucket of lengths."""
 
     sample: Callable[..., Rollout]  # as build_sampler says
-    reference_logps: Callable[[dict, TrainBatch], Array]  # as build_logps says
-    update: Callable[[TrainState, dict | None, TrainBatch, Array], tuple[TrainState, dict]]
+    reference_logps: Callable[..., Array]  # as build_logps says
+    update: Callable[..., tuple[TrainState, dict[str, Array]]]  # as build_update says
 
 
 def build_programs(
@@ -58,6 +58,13 @@ def build_programs(
     )
 
 
+def train_mask(cfg: GRPO, rollout: Rollout) -> Array:
+    """bool [P, G, T], the tokens that carry loss."""
+    if cfg.mask_truncated_completions:
+        return rollout.mask & rollout.ended[..., None]
+    return rollout.mask
+
+
 def train_batch(
     cfg: GRPO, prompt_ids: Array, prompt_lengths: Array, rollout: Rollout, length: int
 ) -> TrainBatch:
@@ -66,14 +73,11 @@ def train_batch(
     Args:
       prompt_ids: int32 [P, S]; prompt_lengths: int32 [P].
     """
-    mask = rollout.mask
-    if cfg.mask_truncated_completions:
-        mask = mask & rollout.ended[..., None]
     return TrainBatch(
         prompt_ids=prompt_ids,
         prompt_lengths=prompt_lengths,
         ids=rollout.ids[..., :length],
-        mask=mask[..., :length],
+        mask=train_mask(cfg, rollout)[..., :length],
         advantages=jnp.zeros(rollout.ended.shape, jnp.float32),
         old_logps=rollout.logps[..., :length],
     )

@@ -54,8 +54,10 @@ def train_on(run: Run, arm: OpenArm, rows: list[Example]) -> None:
                 len(rows), cfg.batch_size, arm.cfg.data.seed, step
             )
             batch = mesh_lib.put_batch(run.mesh, _batch(arm, rows, mine, everyone))
+            tokens = _tokens(arm, rows, everyone)
+            slots = learning.slots(run, batch, tokens, cfg.gradient_accumulation_steps)
             with phase("the update", run.cfg, arm.method):
-                state, stats = update(state, frozen, batch, jax.random.fold_in(key, step))
+                state, stats = update(state, frozen, batch, jax.random.fold_in(key, step), slots)
                 metrics = {name: float(value) for name, value in stats.items()}
             learning.check_finite(
                 run, learner, arm, step + 1, state, [metrics], batch, everyone.tolist()
@@ -87,10 +89,17 @@ def _batch(
     return sft_batch(rows, indices, data.max_prompt_length, data.max_completion_length, everyone)
 
 
+def _tokens(arm: OpenArm, rows: list[Example], indices: np.ndarray) -> np.ndarray:
+    """Tokens of each row to train on, int [P]: the prompt's last one begins the completion."""
+    limit = arm.cfg.data.max_completion_length
+    lengths = [(len(rows[i].prompt_ids), len(rows[i].completion_ids)) for i in indices]
+    return np.array([prompt - 1 + min(completion, limit) for prompt, completion in lengths])
+
+
 def _dev_loss(
     run: Run,
     arm: OpenArm,
-    logps: Callable[[dict, TrainBatch], Array],
+    logps: Callable[..., Array],
     state: TrainState,
     frozen: dict | None,
 ) -> float:
@@ -101,8 +110,9 @@ def _dev_loss(
     loss, tokens = 0.0, 0
     for indices, count in in_order(len(rows), arm.sft.batch_size):
         batch = _batch(arm, rows, indices)
-        values = jnp.asarray(logps(variables, mesh_lib.put_same(run.mesh, batch)))
+        slots = learning.slots(run, batch, _tokens(arm, rows, indices), 1)
+        values = jnp.asarray(logps(variables, mesh_lib.put_same(run.mesh, batch), slots))
         mask = batch.mask[:count]
-        loss -= float(np.where(mask, mesh_lib.fetch(values)[:count], 0.0).sum())
+        loss -= float(mesh_lib.fetch(values)[:count].sum())
         tokens += int(mask.sum())
     return loss / tokens
