@@ -22,12 +22,13 @@ from grpo_jax.config_dicts import from_dict
 from grpo_jax.infra.checkpoint import Checkpoints
 from grpo_jax.infra.files import Lock, read_json
 from grpo_jax.infra.workdir import Workdir
-from grpo_jax.learn.objectives import Loss, build_grpo_loss, build_sft_loss, token_weights
+from grpo_jax.learn.objectives import Loss, build_sft_loss, token_weights
 from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import batch_logps, build_loss, policy_variables
 from grpo_jax.stages import weights
 from grpo_jax.stages.learner import first_state
 from grpo_jax.stages.nonfinite import FOLDER, read_dump
+from grpo_jax.stages.programs import grpo_loss
 from grpo_jax.stages.run import OpenArm, Run, open_run
 from grpo_jax.structs import TrainBatch
 
@@ -94,8 +95,11 @@ def _parameters(run: Run, arm: OpenArm, record: dict[str, Any]) -> tuple[dict, d
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
         # A step none of whose updates was made ends with the parameters that it began with.
         usable = [s for s in steps if s < step or (s == step and untouched)]
-        start = weights.load_params(run, arm.start) if lora.rank or not usable else None
-        frozen = weights.frozen_copy(run, start) if lora.rank and start is not None else None
+        start = frozen = None
+        if lora.rank or not usable:
+            start = weights.load_params(run, arm.start)
+        if lora.rank and start is not None:
+            frozen = weights.frozen_copy(start, run.model.dtype)
         if usable:
             state, _ = checkpoints.restore(weights.abstract_state(run, arm), max(usable))
         else:
@@ -117,9 +121,8 @@ def _loss(arm: OpenArm) -> tuple[Loss, str, int, float]:
     if arm.method != "grpo":
         return build_sft_loss(), "dapo", 1, 1.0
     cfg = arm.cfg.grpo
-    on_policy = cfg.num_iterations * cfg.num_minibatches == 1
     length = arm.cfg.data.max_completion_length
-    return build_grpo_loss(cfg, on_policy), cfg.loss_type, length, cfg.sampling.temperature
+    return grpo_loss(cfg), cfg.loss_type, length, cfg.sampling.temperature
 
 
 def _measure(

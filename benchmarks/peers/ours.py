@@ -30,6 +30,7 @@ from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages.generation import completion_ids
 from grpo_jax.stages.programs import build_programs, train_batch
+from grpo_jax.stages.weights import frozen_copy
 from grpo_jax.structs import Row
 from grpo_jax.text.language import LanguageGate
 from grpo_jax.text.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
     sample, reference_logps, update = build_programs(
         cfg, Lora(), policy.model, optimizer, T, tuple(spec["stops"])
     )
-    frozen = on_device(frozen_copy(policy.params, policy.model.dtype))
+    frozen = frozen_copy(policy.params, policy.model.dtype)
     state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(on_device(policy.params))
     prompts, tokenizer, check = spec["prompts"], policy.tokenizer, policy.check
     del policy
@@ -157,15 +158,6 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
 
     channel.ready(PACKAGES, check=check)
     channel.serve(run)
-
-
-def frozen_copy(params: Any, dtype: Any) -> Any:
-    """The reference: matrices in the compute dtype, to which they would be cast anyway."""
-
-    def copy(path: tuple, x: Any) -> Any:
-        return np.asarray(x, dtype if path[-1].key in ("kernel", "embedding") else x.dtype)
-
-    return jax.tree_util.tree_map_with_path(copy, params)
 
 
 def encoding(channel: Channel, spec: dict[str, Any]) -> None:

@@ -164,9 +164,9 @@ def build_update(
       micro_batches: the batch's prompts are split into this many, and gradients accumulated.
 
     Returns:
-      update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. `slots` is how
-      many tokens of a micro-batch a device works on (models.packing.slots_for), None: on all, padding
-      with them; it changes the time, and results only as rounding does. stats holds
+      update. `state` is donated: the caller's is gone. `key` drives LoRA dropout. `slots` (of
+      models.packing.slots_for) is how many of a micro-batch's tokens a device works on, None: on
+      all, padding with them; it changes the time, and results only as rounding does. stats holds
       float32 scalars: loss, grad_norm, num_tokens, skipped and those of the loss function. If the
       loss or the gradient's norm is not finite, skipped is 1 and the new state is the old one, bit
       for bit. A parameter that its own step would make infinite (a huge learning rate) stays.

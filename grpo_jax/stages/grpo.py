@@ -27,7 +27,7 @@ from grpo_jax.stages import learner as learning
 from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import calibrated_tau, completion_ids, generate, merged
 from grpo_jax.stages.guard import Guard
-from grpo_jax.stages.programs import build_programs, train_batch, train_mask
+from grpo_jax.stages.programs import build_programs, train_batch, train_mask, updates_a_rollout
 from grpo_jax.stages.run import OpenArm, Run
 from grpo_jax.stages.weights import method_key
 from grpo_jax.structs import Array, PromptBatch, Rewards, Rollout, TrainBatch
@@ -44,7 +44,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
     """Trains from the arm before by its rewards and saves the result."""
     cfg, rows, data, lora = arm.cfg.grpo, arm.corpus.train, arm.cfg.data, run.cfg.model.lora
     P, G, T = cfg.prompts_per_step, cfg.num_generations, data.max_completion_length
-    updates = cfg.num_iterations * cfg.num_minibatches  # optimizer steps a rollout
+    updates = updates_a_rollout(cfg)
     total = learning.total_steps(len(rows), P, cfg.epochs, cfg.max_steps)
     learner = learning.open_learner(run, arm, total * updates, reference=cfg.beta > 0)
     state, frozen = learner.state, learner.frozen

@@ -78,7 +78,7 @@ def _open(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) -> Lear
     fresh = checkpoints.latest() is None
     keeps = reference or run.cfg.model.lora.rank > 0
     start = weights.load_params(run, arm.start) if fresh or keeps else None
-    frozen = weights.frozen_copy(run, start) if keeps and start is not None else None
+    frozen = weights.frozen_copy(start, run.model.dtype) if keeps and start is not None else None
     step = 0
     aux: dict[str, Any] = {}
     if fresh:
@@ -90,8 +90,9 @@ def _open(run: Run, arm: OpenArm, optimizer_steps: int, reference: bool) -> Lear
         step = int(aux["loop_step"])
     base = None
     if run.retention.live:
-        same = arm.start == BASE and frozen is not None
-        base = frozen if same else weights.frozen_copy(run, weights.load_params(run, BASE))
+        base = frozen if arm.start == BASE else None
+        if base is None:
+            base = weights.frozen_copy(weights.load_params(run, BASE), run.model.dtype)
     cost = Cost(run.workdir.arm_cost(arm.name))
     run.workdir.rewind(arm.name, step + 1)
     run.workdir.note_arm(arm.name, cost.spent())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.config import GRPO, Lora
-from grpo_jax.learn.objectives import build_grpo_loss
+from grpo_jax.learn.objectives import Loss, build_grpo_loss
 from grpo_jax.learn.step import build_logps, build_update
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.rollout.sampler import build_sampler
@@ -41,14 +41,13 @@ def build_programs(
       eos_ids, gathered: as for `build_sampler`.
     """
     temperature, micro_batches = cfg.sampling.temperature, cfg.gradient_accumulation_steps
-    on_policy = cfg.num_iterations * cfg.num_minibatches == 1
     return Programs(
         build_sampler(model, cfg.sampling, max_completion_length, eos_ids, gathered, cfg.lanes),
         build_logps(model, temperature, micro_batches),
         build_update(
             model,
             optimizer,
-            build_grpo_loss(cfg, on_policy),
+            grpo_loss(cfg),
             lora,
             loss_type=cfg.loss_type,
             max_completion_length=max_completion_length,
@@ -56,6 +55,16 @@ def build_programs(
             micro_batches=micro_batches,
         ),
     )
+
+
+def updates_a_rollout(cfg: GRPO) -> int:
+    """Optimizer steps that one rollout is used for."""
+    return cfg.num_iterations * cfg.num_minibatches
+
+
+def grpo_loss(cfg: GRPO) -> Loss:
+    """The loss of a stage: on-policy where each rollout is used once."""
+    return build_grpo_loss(cfg, on_policy=updates_a_rollout(cfg) == 1)
 
 
 def train_mask(cfg: GRPO, rollout: Rollout) -> Array:

@@ -12,6 +12,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from grpo_jax import hub
 from grpo_jax.config_arms import BASE, interpolation
@@ -125,12 +126,12 @@ def fresh_trained(run: Run, key: jax.Array, params: dict) -> dict:
     return lora.init(key, params, run.cfg.model.lora)
 
 
-def frozen_copy(run: Run, params: dict) -> dict:
+def frozen_copy(params: dict, dtype: DTypeLike) -> dict:
     """The weights that stay: matrices in the compute dtype (what they are cast to anyway)."""
 
     def copy(path: tuple, x: jax.Array) -> jax.Array:
         matrix = path[-1].key in ("kernel", "embedding")
-        return jnp.array(x, run.model.dtype if matrix else x.dtype, copy=True)
+        return jnp.array(x, dtype if matrix else x.dtype, copy=True)
 
     return jax.tree_util.tree_map_with_path(copy, params)
 
