@@ -1,4 +1,4 @@
-"""Oromo to English on a laptop: real weights, real text, about 8 minutes on 2 CPU cores.
+"""Oromo to English on a laptop: real weights, real text, about 7 minutes on 2 CPU cores.
 
     bash launch/quickstart.sh
     python -m grpo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import hlo
 from grpo_jax import config
 from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.learn.objectives import build_grpo_loss
@@ -169,6 +171,26 @@ def test_a_packed_update_is_the_padded_one(tiny, tiny_params, small, level, micr
     jax.tree.map(close, stats, wanted)
     jax.tree.map(close, after, wanted_after)
     assert wanted["kl"] > 1e-3 and wanted["grad_norm"] > 0.1
+
+
+def test_packing_sends_nothing_between_devices(tiny, tiny_params, small):
+    """Each device packs its own rows: the same exchanges as with the padding, and no more bytes."""
+    mesh = mesh_lib.make_mesh(config.Mesh(1, 8, 1))
+    model = tiny.clone(rows=mesh_lib.batch_sharding(mesh))
+    loss = build_grpo_loss(config.GRPO(), on_policy=False)
+    update = build_update(model, optax.sgd(1.0), loss, config.Lora())
+    params = jax.device_put(tiny_params, mesh_lib.param_shardings(mesh, tiny_params))
+    state, batch = init_state(params, optax.sgd(1.0)), mesh_lib.put_batch(mesh, a_batch())
+
+    def exchanges(slots):
+        compiled = update.lower(state, None, batch, jax.random.key(0), slots).compile()
+        found = hlo.read(compiled.as_text()).collectives
+        return Counter(one.kind for one in found), sum(one.bytes for one in found)
+
+    slots = slots_for(tokens_of(a_batch()), PLACES, 1, 8)
+    assert slots is not None
+    (kinds, sent), (wanted, most) = exchanges(slots), exchanges(None)
+    assert kinds == wanted and kinds and sent <= most
 
 
 def test_too_few_slots_make_no_step(tiny, tiny_params):
