@@ -71,6 +71,7 @@ class Case:
     batch: tuple[int, int, int, int] = (8, 8, 64, 64)  # P, G, S, T
     rank: int = 0
     remat: bool = True
+    policy: str = "full"
     micro: int = 1
     lanes: int = 0
     phases: tuple[str, ...] = ("sampling", "reference", "update")
@@ -80,7 +81,9 @@ CASES = (
     Case("small", SMALL),
     Case("small, 16 prompts", SMALL, batch=(16, 8, 64, 64)),
     Case("small, no remat", SMALL, remat=False, phases=("update",)),
+    Case("small, products kept", SMALL, policy="dots", phases=("update",)),
     Case("small, LoRA 16", SMALL, rank=16),
+    Case("small, LoRA 16, products kept", SMALL, rank=16, policy="dots", phases=("update",)),
     Case("small, LoRA 16, no remat", SMALL, rank=16, remat=False, phases=("update",)),
     Case("small, 2 micro-batches", SMALL, batch=(16, 8, 64, 64), micro=2, phases=("update",)),
     Case("small, 2 lanes", SMALL, lanes=2, phases=("sampling",)),
@@ -100,7 +103,7 @@ def settings(case: Case, dtype: str = "float32", param_dtype: str = "float32") -
     """The configuration of a case."""
     cfg = config.Config()
     cfg.model.dtype, cfg.model.param_dtype, cfg.model.remat = dtype, param_dtype, case.remat
-    cfg.model.lora.rank = case.rank
+    cfg.model.remat_policy, cfg.model.lora.rank = case.policy, case.rank
     g = cfg.grpo
     g.prompts_per_step, g.num_generations = case.batch[:2]
     cfg.data.max_prompt_length, cfg.data.max_completion_length = case.batch[2:]
@@ -117,6 +120,7 @@ def compile_phase(case: Case, cfg: config.Config, phase: str, devices: list[Any]
         case.model,
         jnp.dtype(cfg.model.dtype),
         remat=case.remat,
+        remat_policy=case.policy,
         rows=rows if mesh.size > 1 else None,
     )
     shapes = trees(cfg, case.model)

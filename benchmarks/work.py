@@ -77,6 +77,7 @@ class Step:
     learning_rate: float = 1e-6
     max_grad_norm: float = 1.0
     remat: bool = True  # of ours, which is no slower with it
+    remat_policy: str = "dots"
     checkpointing: bool = False  # TRL's gradient checkpointing, which is faster without
     micro_batches: int = 1  # of ours: gradient accumulation, for memory
 

@@ -35,6 +35,7 @@ class Model:
     dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16
     param_dtype: str = "float32"  # of trained parameters; float32 under bfloat16 = master weights
     remat: bool = True  # recompute each layer in the backward pass
+    remat_policy: str = "full"  # what is recomputed: full (all), dots (all but the products)
     padding_free: bool = True  # train on the tokens that count, attention apart
     lora: Lora = field(default_factory=Lora)
 

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_nonfinite": ("stop", "skip"),
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
+    "model.remat_policy": ("full", "dots"),
     "encoder.dtype": DTYPES,
     "encoder.pooling": ("", *POOLING),
     "data.on_bad_row": ("error", "skip"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,9 @@ def test_prefill_is_the_last_position(tiny, tiny_params, data, forward):
     assert kv.k.shape == (*heads, c.head_dim, S) and kv.v.shape == (*heads, S, c.head_dim)
 
 
-def test_remat_changes_neither_value_nor_gradient(tiny, tiny_params, data):
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_changes_neither_value_nor_gradient(tiny, tiny_params, data, policy):
+    """And keeps what its policy says: the products that the backward pass reads, or none."""
     prompts, ids = data
 
     def value(model):
@@ -125,7 +128,19 @@ def test_remat_changes_neither_value_nor_gradient(tiny, tiny_params, data):
 
         return jax.jit(jax.value_and_grad(loss))(tiny_params)
 
-    plain, remat = value(tiny), value(tiny.clone(remat=True))
+    recomputing = tiny.clone(remat=True, remat_policy=policy)
+
+    def states(params):
+        return recomputing.apply({"params": params}, prompts, LENGTHS, ids, method="predict")
+
+    c, tokens = tiny.config, P * (S + G * T)
+    backward = jax.eval_shape(lambda params: jax.vjp(states, params)[1], tiny_params)
+    kept = [leaf.shape for leaf in jax.tree.leaves(backward)]
+    products = [shape for shape in kept if shape[:2] == (c.num_layers, tokens)]
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    widths = [heads, kv_heads, kv_heads, c.hidden_size] + 2 * [c.intermediate_size]
+    assert Counter(shape[2] for shape in products) == Counter(widths if policy == "dots" else [])
+    plain, remat = value(tiny), value(recomputing)
     np.testing.assert_allclose(plain[0], remat[0], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(a).max())),

@@ -118,9 +118,12 @@ def test_what_saves_memory_saves_it() -> None:
         return sum(memory(cfg, LITTLE, shapes, Split(1, 1, 1)).phases[phase].values())
 
     plain, sampled = own("update"), own("sampling")
+    cfg.model.remat_policy = "dots"
+    products = own("update")
     cfg.model.remat = False
-    assert own("update") > plain
-    cfg.model.remat, cfg.grpo.gradient_accumulation_steps, cfg.grpo.lanes = True, 4, 2
+    assert own("update") > products > plain
+    cfg.model.remat, cfg.model.remat_policy = True, "full"
+    cfg.grpo.gradient_accumulation_steps, cfg.grpo.lanes = 4, 2
     assert own("update") < plain
     assert own("sampling") < sampled
 

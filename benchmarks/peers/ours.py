@@ -48,10 +48,10 @@ class Loaded(NamedTuple):
     check: float
 
 
-def load(spec: dict[str, Any], param_dtype: str, remat: bool = False) -> Loaded:
+def load(spec: dict[str, Any], param_dtype: str) -> Loaded:
     """Reads spec's folder; activations are in spec's dtype."""
     policy = hub.load_decoder(spec["folder"], dtype=spec["dtype"], param_dtype=param_dtype)
-    model = Decoder(policy.config, jnp.dtype(spec["dtype"]), remat=remat)
+    model = Decoder(policy.config, jnp.dtype(spec["dtype"]))
     ids = np.asarray(spec["prompt_ids"], np.int32)
     logps = jax.nn.log_softmax(policy.logits(ids)[:, :-1])
     check = float(jnp.take_along_axis(logps, ids[:, 1:, None], axis=-1).mean())
@@ -104,7 +104,8 @@ def sampling(channel: Channel, spec: dict[str, Any]) -> None:
 def step(channel: Channel, spec: dict[str, Any]) -> None:
     """Whole GRPO steps: the programs of stages/grpo.py, in its order."""
     work = spec["work"]
-    policy = load(spec, "float32", remat=work["remat"])
+    policy = load(spec, "float32")
+    model = policy.model.clone(remat=work["remat"], remat_policy=work["remat_policy"])
     G, T = work["generations"], work["max_new_tokens"]
     cfg = GRPO(
         num_generations=G,
@@ -118,7 +119,7 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
     )
     optimizer = build_optimizer(cfg.optimizer, 1)
     sample, reference_logps, update = build_programs(
-        cfg, Lora(), policy.model, optimizer, T, tuple(spec["stops"])
+        cfg, Lora(), model, optimizer, T, tuple(spec["stops"])
     )
     frozen = frozen_copy(policy.params, policy.model.dtype)
     state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(on_device(policy.params))

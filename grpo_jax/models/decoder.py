@@ -20,12 +20,17 @@ from grpo_jax.models.packing import Packing
 __all__ = ["Decoder", "DecoderConfig", "head", "logits", "scale_embedding"]
 
 
+# What a recomputed layer keeps beside its input.
+POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
 class Decoder(nn.Module):
     """The whole model. `dtype` is the compute dtype; parameters keep the dtype they are given."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    remat_policy: str = "full"  # or dots: keep the linear layers' products
     lora_dropout: float = 0.0
     rows: jax.sharding.NamedSharding | None = None  # how a batch's rows are split over devices
 
@@ -52,7 +57,9 @@ class Decoder(nn.Module):
         x = spread(scale_embedding(c, x), self.rows)
         layout = Layout(positions, prompt_mask, all_rotations(c, seen), packing)
         kinds = jax.tree.map(lambda *kind: jnp.stack(kind), *c.layer_kinds())
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        layer = DecoderLayer
+        if self.remat:
+            layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[self.remat_policy])
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0},

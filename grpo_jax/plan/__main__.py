@@ -116,6 +116,7 @@ def _as_data(found: Plan, usable: float) -> dict[str, Any]:
         "mesh": {"data": s.data, "fsdp": s.fsdp, "tensor": s.tensor},
         "gradient_accumulation_steps": found.micro,
         "remat": found.remat,
+        "remat_policy": found.remat_policy,
         "lanes": found.lanes,
         "held": memory.held,
         "phases": memory.phases,
@@ -162,7 +163,8 @@ def _section(title: str, found: dict[str, Any]) -> list[str]:
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines = [
         f"{title}: {mesh}, {found['gradient_accumulation_steps']} micro-batches, remat "
-        f"{'on' if found['remat'] else 'off'}, lanes {found['lanes'] or 'all'}: {verdict}, peak "
+        f"{found['remat_policy'] if found['remat'] else 'off'}, "
+        f"lanes {found['lanes'] or 'all'}: {verdict}, peak "
         f"{found['peak'] / GIB:.2f} GiB a device ({found['share']:.0%} of what is usable)",
         f"  {'held':34}{sum(found['held'].values()) / GIB:9.2f} GiB",
     ]

@@ -7,8 +7,8 @@ arithmetic with these assumptions, each checked against XLA by benchmarks/plan_c
 - Rows (prompts) are split over data x fsdp, in every phase.
 - Sampling holds the model in the compute dtype, whole along fsdp and split along tensor, as
   rollout/sampler.py gathers it.
-- With remat the backward pass keeps each layer's input and one layer's intermediates; without it,
-  every layer's.
+- With remat the backward pass keeps each layer's input, or by its policy the products too, and one
+  layer's intermediates; without it, every layer's.
 - The loss's chunk keeps LOGIT_COPIES float32 arrays of the size of its logits.
 """
 
@@ -28,6 +28,7 @@ from grpo_jax.infra.mesh import AXES, param_shardings
 from grpo_jax.learn import chunks
 from grpo_jax.models import lora
 from grpo_jax.models.block import DecoderConfig, DecoderLayer, Layout, all_rotations
+from grpo_jax.models.decoder import POLICIES
 from grpo_jax.plan.model import Trees
 
 LOGIT_COPIES = 3  # of a chunk in the loss: scores, exponentials, its part of the head's gradient
@@ -208,7 +209,11 @@ def _update(
     gradients = _share(split, trees, "trained")
     if batch.micro > 1:  # the sum so far, in float32, beside the micro-batch's own
         gradients = _share(split, trees, "sums") + _share(split, trees, "layers")
-    kept = x if cfg.model.remat else layer
+    kept = layer
+    if cfg.model.remat and cfg.model.remat_policy == "full":
+        kept = x
+    elif cfg.model.remat:
+        kept = _layer_bytes(c, cfg, p, batch.S, batch.G, batch.T, split.tensor, products=True)
     tokens = p * batch.G * batch.T
     hidden = 2.0 * tokens * c.hidden_size * width
     whole = c.vocab_size * c.hidden_size / split.tensor
@@ -256,13 +261,20 @@ def layer_parameters(c: DecoderConfig) -> int:
 
 
 def _layer_bytes(
-    c: DecoderConfig, cfg: Config, p: int, S: int, G: int, T: int, tensor: int
+    c: DecoderConfig,
+    cfg: Config,
+    p: int,
+    S: int,
+    G: int,
+    T: int,
+    tensor: int,
+    products: bool = False,
 ) -> float:
-    """Bytes that one layer keeps for its backward pass, for p rows."""
+    """Bytes that one layer keeps for its backward pass, for p rows: all, or only products."""
     a = cfg.model.lora
     local = _local(c, tensor)
     setting = (a.rank, a.targets if a.rank else (), a.dropout if a.rank else 0.0)
-    return p * _per_prompt(local, _Row(cfg.model.dtype, S, G, T, *setting))
+    return p * _per_prompt(local, _Row(cfg.model.dtype, S, G, T, *setting, products))
 
 
 def _local(c: DecoderConfig, tensor: int) -> DecoderConfig:
@@ -287,6 +299,7 @@ class _Row(NamedTuple):
     rank: int
     targets: tuple[str, ...]
     dropout: float
+    products: bool  # keep only those
 
 
 @functools.lru_cache(maxsize=256)
@@ -297,7 +310,7 @@ def _per_prompt(c: DecoderConfig, row: _Row) -> float:
 
 def _residuals(c: DecoderConfig, P: int, row: _Row) -> int:
     """Bytes of what `jax.vjp` of one layer hands to its backward pass."""
-    dtype, S, G, T, rank, targets, dropout = row
+    dtype, S, G, T, rank, targets, dropout, products = row
     layer = DecoderLayer(c, jnp.dtype(dtype), dropout, G, False)
     kind = jax.tree.map(jnp.asarray, c.layer_kinds()[0])
     shape = jax.ShapeDtypeStruct
@@ -329,6 +342,8 @@ def _residuals(c: DecoderConfig, P: int, row: _Row) -> int:
             out: Any = layer.apply(variables, x, layout(positions, mask), kind, rngs=rngs)
             return out[0]
 
+        if products:
+            run = jax.checkpoint(run, policy=POLICIES["dots"])
         return jax.vjp(run, x, adapter if rank else params)[1]
 
     kept = jax.eval_shape(residuals, x, params, adapter, positions, mask, key)

@@ -53,8 +53,9 @@ def times(cfg: Config, c: DecoderConfig, device: Device, split: Split) -> Times:
     head = 2.0 * c.hidden_size * c.vocab_size * p * batch.G * batch.T / split.tensor
     reference = (forward + head) / peak if cfg.grpo.beta > 0 else 0.0
     # Backward: gradients of the inputs, and without LoRA of the weights; remat goes forward again.
-    factor = 1 + (1 if cfg.model.lora.rank else 2) + cfg.model.remat
-    flops = (factor * forward + (2 if cfg.model.lora.rank else 3) * head) * cfg.grpo.num_iterations
+    factor = 2 if cfg.model.lora.rank else 3
+    again = forward if _products_again(cfg) else 0.0
+    flops = (factor * (forward + head) + again) * cfg.grpo.num_iterations
     sent = _bytes(cfg, c, batch, split, p, width)
     # Neighbours in the mesh are neighbours in hosts: tensor first, then fsdp, then data.
     groups = (split.tensor, split.tensor * split.fsdp, split.devices)
@@ -99,6 +100,11 @@ def _forward_flops(c: DecoderConfig, batch: Batch) -> float:
     return c.num_layers * (2.0 * layer_parameters(c) * batch.places + attention)
 
 
+def _products_again(cfg: Config) -> bool:
+    """Whether the backward pass recomputes products; attention's own are left out."""
+    return cfg.model.remat and cfg.model.remat_policy == "full"
+
+
 def _bytes(
     cfg: Config, c: DecoderConfig, batch: Batch, split: Split, p: int, width: int
 ) -> tuple[float, float, float]:
@@ -107,14 +113,15 @@ def _bytes(
     layers = float(c.num_layers * layer_parameters(c))
     numbers = layers + c.hidden_size * c.vocab_size
     passes = batch.micro * batch.mini * cfg.grpo.num_iterations
+    forward = 2 + _products_again(cfg)
     around = (f - 1) / f
     sent = numbers * width / t * around  # brought together to sample
-    sent += passes * (2 + cfg.model.remat) * layers * width / t * around
+    sent += passes * forward * layers * width / t * around
     sent += (cfg.grpo.beta > 0) * batch.micro * layers * width / t * around
     replicas = 0.0
     if not cfg.model.lora.rank:
         sent += passes * numbers * 4 / t * around
         replicas = 2 * numbers * 4 / (f * t) * (split.data - 1) / split.data
     summed = p * batch.places * c.hidden_size * width * 2 * (t - 1) / t
-    forwards = (2 + cfg.model.remat) * cfg.grpo.num_iterations + (cfg.grpo.beta > 0)
+    forwards = forward * cfg.grpo.num_iterations + (cfg.grpo.beta > 0)
     return 2 * c.num_layers * summed * forwards, sent, replicas

@@ -24,6 +24,7 @@ class Plan:
     split: Split
     micro: int
     remat: bool
+    remat_policy: str
     lanes: int
     memory: Memory
     times: Times
@@ -37,7 +38,8 @@ class Plan:
             f"--config.mesh.data={s.data} --config.mesh.fsdp={s.fsdp} "
             f"--config.mesh.tensor={s.tensor} "
             f"--config.grpo.gradient_accumulation_steps={self.micro} "
-            f"--config.model.remat={str(self.remat).lower()} --config.grpo.lanes={self.lanes}"
+            f"--config.model.remat={str(self.remat).lower()} "
+            f"--config.model.remat_policy={self.remat_policy} --config.grpo.lanes={self.lanes}"
         )
 
 
@@ -55,8 +57,8 @@ def evaluate(
     g = cfg.grpo
     fits = found.peak <= usable * ROOM
     return Plan(
-        split, g.gradient_accumulation_steps, cfg.model.remat, g.lanes, found,
-        times(cfg, c, device, split), fits,
+        split, g.gradient_accumulation_steps, cfg.model.remat, cfg.model.remat_policy, g.lanes,
+        found, times(cfg, c, device, split), fits,
     )  # fmt: skip
 
 
@@ -107,12 +109,12 @@ def _settings(cfg: config.Config, split: Split) -> Iterator[config.Config]:
     for micro in divisors(rows):
         if (rows // micro) % split.rows:
             continue
-        for remat in (False, True):
+        for remat, policy in ((False, "full"), (True, "dots"), (True, "full")):
             for lanes in sorted(
                 {g.num_generations // k for k in (1, 2, 4) if g.num_generations >= k}
             ):
                 new = copy.deepcopy(cfg)
-                new.model.remat = remat
+                new.model.remat, new.model.remat_policy = remat, policy
                 new.grpo.gradient_accumulation_steps = micro
                 new.grpo.lanes = 0 if lanes == g.num_generations else lanes
                 yield new

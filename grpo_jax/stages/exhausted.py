@@ -35,6 +35,7 @@ _REMEDIES: dict[str, dict[str, str]] = {
     "the update": {
         "{}.gradient_accumulation_steps": "raise, fewer prompts at one time",
         "model.remat": "True recomputes instead of keeping",
+        "model.remat_policy": "full keeps no products",
         "mesh.fsdp": "more devices share weights and moments",
         "{}.optimizer.moment_dtype": "bfloat16 halves the first moment",
         "model.lora.rank": "above 0 trains an adapter",

@@ -122,6 +122,7 @@ def open_run(cfg: Config, workdir: Workdir) -> Run:
         base.config,
         jnp.dtype(cfg.model.dtype),
         remat=cfg.model.remat,
+        remat_policy=cfg.model.remat_policy,
         lora_dropout=cfg.model.lora.dropout if rank else 0.0,
         rows=mesh_lib.batch_sharding(mesh) if mesh.size > 1 else None,
     )
