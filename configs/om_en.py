@@ -16,6 +16,7 @@ def get_config() -> Config:
     cfg = Config()
     cfg.model.path = "asset:smollm2-135m-instruct"
     cfg.model.dtype = "bfloat16"
+    cfg.model.remat_policy = "dots"
     cfg.encoder.path = "asset:all-minilm-l6-v2"
     cfg.encoder.judge = ("asset:use-multilingual-judge",)
     cfg.encoder.batch_size = 512

@@ -17,6 +17,7 @@ def get_config() -> Config:
     cfg = Config()
     cfg.seed = 0
     cfg.model.path = "asset:smollm2-135m-instruct"
+    cfg.model.remat_policy = "dots"
     cfg.model.lora.rank = 32
     cfg.model.lora.alpha = 64.0
     cfg.encoder.path = "asset:all-minilm-l6-v2"
