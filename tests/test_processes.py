@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 from test_distributed import announce, free_port
 
 from grpo_jax import main
+from grpo_jax.models.packing import slots_for
+from grpo_jax.stages import learner
 from tests import whole
 
 ROOT = Path(__file__).parents[1]
@@ -32,11 +34,11 @@ def get_config():
     cfg = tiny.get_config()
     cfg.stages = ("sft", "grpo", "evaluate", "export")
     cfg.model.remat = False
-    cfg.data.max_completion_length = 24
     cfg.encoder.batch_size, cfg.encoder.max_length = 8, 8
     cfg.sft.batch_size, cfg.sft.max_steps = 8, 2
     cfg.sft.optimizer.schedule, cfg.sft.optimizer.warmup_ratio = "constant", 0.0
-    cfg.grpo.prompts_per_step, cfg.grpo.num_generations, cfg.grpo.max_steps = 8, 4, 3
+    cfg.grpo.prompts_per_step, cfg.grpo.num_generations, cfg.grpo.max_steps = 8, 8, 3
+    cfg.grpo.mask_truncated_completions = True
     cfg.evaluation.max_rows, cfg.evaluation.max_retention_rows = 11, 9  # batches are not full
     cfg.evaluation.batch_size, cfg.evaluation.bootstrap = 8, 10
     cfg.evaluation.max_retention_length = 24
@@ -102,7 +104,16 @@ def together(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(together):
-    together.alone("one")
+    packed = []
+
+    def counted(*given):
+        packed.append(slots_for(*given))
+        return packed[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "slots_for", counted)
+        together.alone("one")
+    assert any(packed)  # so that processes have to agree on it
     return together
 
 
