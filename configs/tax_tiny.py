@@ -3,7 +3,7 @@
     python -m grpo_jax.main --config=configs/tax_tiny.py --workdir=runs/tax_tiny
 
 The invented language and the random models of configs/tiny.py, and every arm of
-`grpo_jax.experiments`. Two CPU cores, 10 minutes. It shows that the experiment runs and what its
+`grpo_jax.experiments`. Two CPU cores, 6 minutes. It shows that the experiment runs and what its
 page looks like; a random model has nothing to forget, so its tax means little.
 """
 
