@@ -89,12 +89,8 @@ def ending() -> Iterator[None]:
             _leave(number, "ended; the same command goes on from here")
 
     _stopping.clear()
-    try:
-        with _handling(act):
-            yield
-    finally:
-        if _stopping.is_set():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with _handling(act, deaf_afterwards=_stopping.is_set):
+        yield
 
 
 def _leave(number: int, words: str) -> None:
@@ -106,8 +102,14 @@ def _leave(number: int, words: str) -> None:
 
 
 @contextmanager
-def _handling(act: Callable[[int], None]) -> Iterator[None]:
-    """Calls `act`, in a thread of its own, with the number of each signal that comes."""
+def _handling(
+    act: Callable[[int], None], deaf_afterwards: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Calls `act`, in a thread of its own, with the number of each signal that comes.
+
+    The handlers of before are back afterwards, but if `deaf_afterwards` SIGTERM is ignored, without
+    a moment between in which it would kill.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -123,6 +125,8 @@ def _handling(act: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)  # first, so that the outer of two contexts misses nothing
+        if deaf_afterwards():
+            before[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in before.items():  # None: one that Python did not set
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(writer)
