@@ -25,7 +25,7 @@ from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.optimizer import build_optimizer
 from grpo_jax.learn.step import init_state
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.packing import slots_for
+from grpo_jax.models.packing import slots_for, tokens_of
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rollout.sampler import build_sampler
 from grpo_jax.stages.generation import completion_ids
@@ -138,7 +138,7 @@ def step(channel: Channel, spec: dict[str, Any]) -> None:
         batch = train_batch(cfg, ids, lengths, rollout, width)
         slots = None
         if spec["program"] != "ours-padded":
-            trained = lengths - 1 + local.mask.sum((1, 2))
+            trained = tokens_of(lengths, local.mask.sum((1, 2)))
             slots = slots_for(trained, ids.shape[1] + G * width, work["micro_batches"], 1)
         batch = batch._replace(ref_logps=reference_logps({"params": frozen}, batch, slots))
         tokens = completion_ids(local)

@@ -87,24 +87,28 @@ class Chunks(NamedTuple):
         x = x.reshape(-1, *x.shape[2:])
         return x[: math.prod(self.lead)].reshape(*self.lead, *x.shape[1:])
 
-    def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], start: Any, mask: Array) -> Any:
-        """As `lax.scan` over chunks, but only up to the last token that counts.
+    def scan(
+        self, body: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any, mask: Array
+    ) -> tuple[Any, Any]:
+        """As `lax.scan` over arrays of `split`, but only up to the last token that counts.
 
         Args:
-          body: (carry, i) -> (carry, arrays of chunk i).
-          start: the first carry.
-          mask: bool [*lead], the tokens that count.
+          body, start, xs: as of `lax.scan`.
+          mask: bool [n, ...], split as they are: the tokens that count.
 
         Returns:
-          the last carry; the arrays, stacked, 0 for chunks that were left out.
+          the last carry; what body gave, stacked, 0 for chunks that were left out.
         """
-        some = jnp.any(self.split(mask), axis=1)
-        wanted = jnp.max(jnp.where(some, 1 + jnp.arange(self.n), 0))
-        shapes = jax.eval_shape(body, start, 0)[1]
+        wanted = jnp.max(jnp.where(jnp.any(mask, axis=1), 1 + jnp.arange(self.n), 0))
+
+        def at(i: Array | int, carry: Any) -> tuple[Any, Any]:
+            return body(carry, jax.tree.map(lambda x: x[i], xs))
+
+        shapes = jax.eval_shape(at, 0, start)[1]
         blank = jax.tree.map(lambda x: jnp.zeros((self.n, *x.shape), x.dtype), shapes)
 
         def step(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            carry, found = body(state[0], i)
+            carry, found = at(i, state[0])
             return carry, jax.tree.map(lambda out, x: out.at[i].set(x), state[1], found)
 
         return jax.lax.fori_loop(0, wanted, step, (start, blank))
@@ -131,14 +135,14 @@ def in_chunks(
 
     def share(heads: tuple, xs: tuple) -> tuple[tuple, Any]:
         chunks = work.chunks(xs[0].shape)
-        split = jax.tree.map(chunks.split, xs)
+        xs = jax.tree.map(chunks.split, xs)
 
-        def body(carry: tuple, i: Array) -> tuple[tuple, Any]:
-            mask, *arrays = jax.tree.map(lambda x: x[i], split)
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
+            mask, *arrays = xs
             found = fn(*heads, *arrays)
             return carry, jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), found)
 
-        return (), jax.tree.map(chunks.merge, chunks.loop(body, (), xs[0])[1])
+        return (), jax.tree.map(chunks.merge, chunks.scan(body, (), xs, xs[0])[1])
 
     heads = tuple(head.astype(hidden.dtype) for head in heads)
     return work.run(share, heads, (mask, hidden, *arrays))[1]

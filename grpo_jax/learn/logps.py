@@ -172,8 +172,8 @@ def _loss_and_flow(
     chex.assert_shape(hidden, (*targets.shape, head.shape[0]))
     work = Shares.of(targets.shape, head.shape[1], rows)
 
-    def chunk(table: Array, xs: tuple, sums: _Sums, i: Array) -> tuple[_Sums, Array]:
-        hidden, targets, tokens = jax.tree.map(lambda x: x[i], xs)
+    def chunk(table: Array, sums: _Sums, xs: tuple) -> tuple[_Sums, Array]:
+        hidden, targets, tokens = xs
         capped = softcap(_matmul("td,vd->tv", hidden, table), cap)
         scores = capped / temperature
         log_normaliser = jax.nn.logsumexp(scores, axis=-1)
@@ -205,14 +205,13 @@ def _loss_and_flow(
         return sums, to_hidden.astype(hidden.dtype)
 
     def share(table: Array, xs: tuple) -> tuple[_Sums, Array]:
-        mask, xs = xs[0], xs[1:]
-        chunks = work.chunks(mask.shape)
-        xs = jax.tree.map(chunks.split, xs)
+        chunks = work.chunks(xs[0].shape)
+        mask, *xs = jax.tree.map(chunks.split, xs)
         first = jax.tree.map(lambda x: x[0], xs)
         shapes = jax.eval_shape(loss_fn, *([jnp.zeros(first[1].shape)] * 2), first[2])
         loss, stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         start = _Sums(loss, stats, jnp.zeros(table.shape, jnp.float32))
-        sums, to_hidden = chunks.loop(functools.partial(chunk, table, xs), start, mask)
+        sums, to_hidden = chunks.scan(functools.partial(chunk, table), start, xs, mask)
         return sums.over(work.axes), chunks.merge(to_hidden)
 
     table = head.T.astype(hidden.dtype)  # [V, D], as a tied embedding lies in memory

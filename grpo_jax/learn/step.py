@@ -50,9 +50,9 @@ def batch_logps(
     found = token_logps(hidden, head(variables["params"]), *targets, temperature, cap, model.rows)
     if packing is None:
         return found
-    logps, entropy = map(jnp.asarray, found)
     shape = batch.ids.shape
-    return packing.unpack_completions(logps, shape), packing.unpack_completions(entropy, shape)
+    logps, entropy = (packing.unpack_completions(jnp.asarray(x), shape) for x in found)
+    return logps, entropy
 
 
 def _hidden(

@@ -109,11 +109,19 @@ EIGHTHS = (1, 2, 3, 4, 5, 6)  # of all places: few, for each is a program of its
 LEAST = 256  # slots below which nothing is gained
 
 
+def tokens_of(prompt_lengths: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Slots that prompts need with their completions, int [P]: of both their tokens [P].
+
+    A prompt's last token is not among its own: it begins each of the completions.
+    """
+    return prompt_lengths - 1 + trained
+
+
 def slots_for(tokens: np.ndarray, places: int, parts: int, devices: int) -> int | None:
     """How many slots a device needs for its share of any part of a batch.
 
     Args:
-      tokens: int [P], of each prompt with its completions: prompt_lengths - 1 + mask.sum((1, 2)).
+      tokens: int [P], of `tokens_of`.
       places: S + G T.
       parts: a step's micro-batches; part i has prompts i, i + parts, ...
       devices: that share the rows of each part.

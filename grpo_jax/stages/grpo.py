@@ -22,6 +22,7 @@ from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
 from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.step import policy_variables
+from grpo_jax.models.packing import tokens_of
 from grpo_jax.rewards.scorer import within_group_stats
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.exhausted import phase
@@ -128,7 +129,7 @@ def run_grpo(run: Run, arm: OpenArm) -> None:
 def _sizes(cfg: GRPO, prompts: PromptBatch, local: Rollout) -> tuple[np.ndarray, int]:
     """Of all processes' prompts, int [P]: tokens to train on, and the longest completion."""
     trained = np.asarray(train_mask(cfg, local)).sum((1, 2))
-    facts = np.stack([prompts.lengths - 1 + trained, local.mask.sum(-1).max(-1)], axis=1)
+    facts = np.stack([tokens_of(prompts.lengths, trained), local.mask.sum(-1).max(-1)], axis=1)
     tokens, longest = distributed.gather(facts.astype(np.int32)).T
     return tokens, int(longest.max())
 

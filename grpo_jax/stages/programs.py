@@ -17,7 +17,7 @@ from grpo_jax.structs import Array, Rollout, TrainBatch, TrainState
 
 
 class Programs(NamedTuple):
-    """In the order of their calls; each compiles anew for each bucket of lengths."""
+    """In the order of their calls; each compiles anew for each bucket of lengths, and of slots."""
 
     sample: Callable[..., Rollout]  # as build_sampler says
     reference_logps: Callable[..., Array]  # as build_logps says

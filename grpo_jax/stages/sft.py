@@ -19,6 +19,7 @@ from grpo_jax.infra import mesh as mesh_lib
 from grpo_jax.infra.progress import track
 from grpo_jax.learn.objectives import build_sft_loss
 from grpo_jax.learn.step import build_logps, build_update, policy_variables
+from grpo_jax.models.packing import tokens_of
 from grpo_jax.stages import learner as learning
 from grpo_jax.stages.exhausted import phase
 from grpo_jax.stages.generation import merged
@@ -90,10 +91,10 @@ def _batch(
 
 
 def _tokens(arm: OpenArm, rows: list[Example], indices: np.ndarray) -> np.ndarray:
-    """Tokens of each row to train on, int [P]: the prompt's last one begins the completion."""
-    limit = arm.cfg.data.max_completion_length
-    lengths = [(len(rows[i].prompt_ids), len(rows[i].completion_ids)) for i in indices]
-    return np.array([prompt - 1 + min(completion, limit) for prompt, completion in lengths])
+    """Tokens of each row to train on, int [P]."""
+    prompts = np.array([len(rows[i].prompt_ids) for i in indices])
+    completions = np.array([len(rows[i].completion_ids) for i in indices])
+    return tokens_of(prompts, np.minimum(completions, arm.cfg.data.max_completion_length))
 
 
 def _dev_loss(
