@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import plan_check
 from grpo_jax import config
 from grpo_jax.plan import __main__ as command
+from grpo_jax.plan import roofline
 from grpo_jax.plan.devices import DEVICES, GIB, parse
 from grpo_jax.plan.memory import Batch, Split, memory
 from grpo_jax.plan.model import read_decoder, trees
@@ -187,6 +189,20 @@ def test_decoding_reads_at_least_the_weights(tmp_path: Path) -> None:
     b = Batch.of(cfg)
     tokens = b.P * (b.S + b.G * b.T)
     assert 4 < found.update_flops / (tokens * 4.02e9) < 9  # forward, remat, backward of inputs
+
+
+def test_decoding_reads_all_of_its_caches() -> None:
+    """Step by step: small caches first, then rings, in which one completion follows another."""
+    cfg = plan_check.settings(plan_check.Case("little", LITTLE, batch=(64, 8, 64, 256), lanes=4))
+    device, token = DEVICES["h100-80gb"], 2 * 2 * 8 * 16 * 4
+    found = times(cfg, LITTLE, device, Split(1, 1, 1))
+    assert found.decode_bound == "bandwidth"
+    weights = 2 * (4 * 256 * 8 * 16 + 3 * 256 * 768) + 256 * 4000
+    every_step = 4 * weights + 64 * 64 * token + roofline.DRAW_PASSES * 64 * 4 * 4000 * 4
+    room = [min(size for size in (64, 128, 255) if size >= n) for n in range(1, 256)]
+    own = 64 * 4 * token * (256 * np.mean(room) + 256 * 255)
+    seconds = (512 * every_step + own) / (device.bandwidth * roofline.DECODE)
+    assert found.sampling == pytest.approx(seconds, rel=0.01)  # reading the prompts is the rest
 
 
 def test_prompts_that_no_mesh_divides() -> None:

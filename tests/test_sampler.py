@@ -215,6 +215,27 @@ def test_fewer_lanes_draw_the_same_completions(tiny, tiny_params, prompts, rollo
     np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
 
 
+@pytest.mark.parametrize("lanes", [0, 1])
+def test_growing_caches_draw_the_same(monkeypatch, tiny, tiny_params, prompts, rollout, lanes):
+    """Three loops, the last over a ring, that of one lane wraps around; `rollout` has one."""
+    monkeypatch.setattr(sampler, "LEAST", 2)
+    assert sampler.cache_sizes(T) == [2, 4, 6]
+    sample = build_sampler(tiny, Sampling(temperature=TEMPERATURE), T, EOS_IDS, lanes=lanes)
+    got = sample({"params": tiny_params}, *prompts, jax.random.key(0), num_generations=G)
+    np.testing.assert_array_equal(got.ids, rollout.ids)
+    np.testing.assert_array_equal(got.mask, rollout.mask)
+    np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
+
+
+def test_caches_double_up_to_what_is_read():
+    """The first holds LEAST tokens; none is much of a size with the next."""
+    assert [sampler.cache_sizes(n) for n in (1, 2, 64, 96)] == [[1], [1], [63], [95]]
+    for n in range(97, 1500):
+        *smaller, last = sampler.cache_sizes(n)
+        assert smaller == [sampler.LEAST * 2**i for i in range(len(smaller))]
+        assert last == n - 1 and 1.5 * smaller[-1] <= last < 3 * smaller[-1]
+
+
 def test_transposed_kernels_draw_the_same(monkeypatch, tiny, tiny_params, prompts, rollout):
     """What a CPU does from some width on; `rollout` has the head alone transposed."""
     monkeypatch.setattr(sampler, "WIDE", 1)

@@ -1,6 +1,6 @@
 """How long a GRPO step takes at best, from bytes, FLOPs and published rates.
 
-Sampling is bound by memory: each decoding step reads the weights, the caches and the logits once.
+Sampling is bound by memory: each decoding step reads the weights, the caches and the logits.
 Scoring and the update are bound by arithmetic. Collectives are added, not hidden behind it. The
 shares below are assumptions about what programs reach of the published peaks, stated in the output.
 """
@@ -8,6 +8,7 @@ shares below are assumptions about what programs reach of the published peaks, s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from grpo_jax.config import Config
 from grpo_jax.models.block import DecoderConfig
 from grpo_jax.plan.devices import Device
 from grpo_jax.plan.memory import Batch, Split, layer_parameters
+from grpo_jax.rollout.sampler import cache_sizes
 
 MATMUL = 0.4  # of the peak FLOP/s, in large products
 DECODE = 0.6  # of the memory bandwidth, in decoding
 LINKS = 0.7  # of the interconnect's bandwidth
 DRAW_PASSES = 6  # times that drawing a token reads or writes the logits
-TOP_P_PASSES = 24  # more of them with top-p: its bisection (rollout/draw.py)
+TOP_P_PASSES = 4  # more of them with top-p: the total, and draws until all rows are in the nucleus
 FLOAT32_RATE = 0.5  # of the bfloat16 peak, for float32 products (TPU: 3 to 6 bfloat16 passes)
 
 
@@ -81,7 +83,7 @@ def _sampling(
     token = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * width / tensor  # a token's KV, bytes
     rows = p * batch.W
     passes = DRAW_PASSES + TOP_P_PASSES * (cfg.grpo.sampling.top_p < 1)
-    read = numbers * width + p * batch.S * token + rows * batch.T * token
+    read = numbers * width + (p * batch.S + rows * _room(batch)) * token
     read += passes * rows * c.vocab_size * 4.0 / tensor
     attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + batch.T) / tensor
     flops = rows * (2.0 * numbers + attended)
@@ -90,6 +92,14 @@ def _sampling(
     prefill = p * batch.S * 2.0 * c.num_layers * layer_parameters(c) / (peak * tensor)
     bound = "bandwidth" if by_bytes >= by_flops else "arithmetic"
     return prefill + steps * max(by_bytes, by_flops), bound
+
+
+def _room(batch: Batch) -> float:
+    """Tokens for which a lane's own cache has room, all of them read, on the average of steps."""
+    sizes = cache_sizes(batch.T)
+    first = sum((size - full) * size for full, size in itertools.pairwise([0, *sizes])) / sizes[-1]
+    rounds = math.ceil(batch.G / batch.W)  # in all but the first the cache is a ring
+    return (first + (rounds - 1) * sizes[-1]) / rounds
 
 
 def _forward_flops(c: DecoderConfig, batch: Batch) -> float:

@@ -5,12 +5,15 @@ The prompt's keys and values are kept once and shared by the group. A prompt has
 with a small cache that the loop carries and XLA updates in place; a lane whose completion has ended
 takes the prompt's next one, so that short completions do not wait for long ones. The draws belong
 to the completions, not to the lanes: W changes the time and the memory, not what is sampled.
+Every token reads the whole cache, so that a cache begins small and is doubled when it is full: one
+loop after another, each with its own program.
 Layers are unrolled in the loop and their parameters sliced, cast and (LoRA) merged once before it,
 and on a CPU transposed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +29,7 @@ from grpo_jax.rollout.draw import draw_apart
 from grpo_jax.structs import Array, Rollout
 
 WIDE = 512  # hidden_size from which a CPU is faster with transposed kernels
+LEAST = 64  # tokens that a lane's cache begins with room for
 
 
 class SamplingState(NamedTuple):
@@ -40,7 +44,7 @@ class SamplingState(NamedTuple):
     logps: Array  # float32 [P, G, T]
     lengths: Array  # int32 [P, G]
     ended: Array  # bool [P, G], the last token is a stop
-    caches: list[KV]  # L times [P, W, ...], rings of T - 1 written at one place by all lanes
+    caches: list[KV]  # L times [P, W, ...], rings that all lanes write at one place
 
 
 def build_sampler(
@@ -116,8 +120,14 @@ def build_sampler(
             hidden = jnp.where((state.age == 0)[..., None], first, hidden)
             return append(state._replace(caches=caches), hidden)
 
+        def going_on(state: SamplingState, size: int) -> jax.Array:
+            """Whether there is work left, and room in the caches; the last ones are rings."""
+            room = (state.steps <= size) | (size == sizes[-1])
+            return jnp.logical_and(room, jnp.any(state.sample < G))
+
         c = model.config
-        values = jnp.zeros((P, W, c.num_kv_heads, max(T - 1, 1), c.head_dim), model.dtype)
+        sizes = cache_sizes(T)
+        values = jnp.zeros((P, W, c.num_kv_heads, sizes[0], c.head_dim), model.dtype)
         values = spread(values, model.rows)
         blank = KV(jnp.swapaxes(values, -1, -2), values)
         zeros = jnp.zeros((P, W), jnp.int32)
@@ -134,11 +144,34 @@ def build_sampler(
             caches=[blank for _ in range(c.num_layers)],
         )
         state = append(state, first)
-        state = jax.lax.while_loop(lambda s: jnp.any(s.sample < G), body, state)
+        for size in sizes:
+            state = state._replace(caches=[_grown(cache, size) for cache in state.caches])
+            state = jax.lax.while_loop(functools.partial(going_on, size=size), body, state)
         mask = jnp.arange(T) < state.lengths[..., None]
         return Rollout(ids=state.ids, mask=mask, logps=state.logps, ended=state.ended)
 
     return jax.jit(sample, static_argnames="num_generations")
+
+
+def cache_sizes(max_new_tokens: int) -> list[int]:
+    """How many tokens the lanes' caches have room for, one after another.
+
+    The last token of a completion is never read. None is less than half as large again as the one
+    before, which would save little and take a program.
+    """
+    last = max(max_new_tokens - 1, 1)
+    size, sizes = LEAST, []
+    while 3 * size <= 2 * last:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, last]
+
+
+def _grown(cache: KV, size: int) -> KV:
+    """The cache with room for `size` tokens."""
+    more = (0, size - cache.v.shape[3])
+    keep = [(0, 0)] * 3
+    return KV(jnp.pad(cache.k, [*keep, (0, 0), more]), jnp.pad(cache.v, [*keep, more, (0, 0)]))
 
 
 def _write(buffer: Array, values: Array, *at: Array) -> Array:
