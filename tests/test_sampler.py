@@ -204,26 +204,21 @@ def test_log_probs_with_an_adapter(tiny_params, prompts, sample, teacher_forced)
     assert np.abs(got.logps - base).max() > 0.1
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_fewer_lanes_draw_the_same_completions(tiny, tiny_params, prompts, rollout, lanes):
-    """Lanes that take one completion after another, over a cache that wraps around."""
+@pytest.mark.parametrize(("lanes", "sizes"), [(1, [6]), (2, [6]), (0, [2, 4, 6]), (1, [2, 4, 6])])
+def test_lanes_and_caches_do_not_change_the_draws(
+    monkeypatch, tiny, tiny_params, prompts, rollout, lanes, sizes
+):
+    """Lanes that take one completion after another, over caches that grow and then wrap around.
+
+    `rollout` has all lanes and one cache.
+    """
+    monkeypatch.setattr(sampler, "LEAST", sizes[0])
+    assert sampler.cache_sizes(T) == sizes
     sample = build_sampler(tiny, Sampling(temperature=TEMPERATURE), T, EOS_IDS, lanes=lanes)
     got = sample({"params": tiny_params}, *prompts, jax.random.key(0), num_generations=G)
     np.testing.assert_array_equal(got.ids, rollout.ids)
     np.testing.assert_array_equal(got.mask, rollout.mask)
     np.testing.assert_array_equal(got.ended, rollout.ended)
-    np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
-
-
-@pytest.mark.parametrize("lanes", [0, 1])
-def test_growing_caches_draw_the_same(monkeypatch, tiny, tiny_params, prompts, rollout, lanes):
-    """Three loops, the last over a ring, that of one lane wraps around; `rollout` has one."""
-    monkeypatch.setattr(sampler, "LEAST", 2)
-    assert sampler.cache_sizes(T) == [2, 4, 6]
-    sample = build_sampler(tiny, Sampling(temperature=TEMPERATURE), T, EOS_IDS, lanes=lanes)
-    got = sample({"params": tiny_params}, *prompts, jax.random.key(0), num_generations=G)
-    np.testing.assert_array_equal(got.ids, rollout.ids)
-    np.testing.assert_array_equal(got.mask, rollout.mask)
     np.testing.assert_allclose(got.logps, rollout.logps, atol=2e-5)
 
 

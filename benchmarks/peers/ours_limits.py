@@ -178,7 +178,7 @@ def _bandwidth(size: int) -> float:
     """Bytes a second that a large array is read and written with, in place.
 
     In place, because a CPU's time with fresh memory goes into getting its pages, not into moving
-    numbers: a fifth of this on a 2-core machine.
+    numbers: a seventh of this on a 2-core machine.
     """
     x = jnp.zeros(size // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1.0, donate_argnums=0)

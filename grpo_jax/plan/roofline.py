@@ -83,9 +83,10 @@ def _sampling(
     token = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * width / tensor  # a token's KV, bytes
     rows = p * batch.W
     passes = DRAW_PASSES + TOP_P_PASSES * (cfg.grpo.sampling.top_p < 1)
-    read = numbers * width + (p * batch.S + rows * _room(batch)) * token
+    room = _room(batch)
+    read = numbers * width + (p * batch.S + rows * room) * token
     read += passes * rows * c.vocab_size * 4.0 / tensor
-    attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + batch.T) / tensor
+    attended = 4.0 * c.num_layers * c.num_heads * c.head_dim * (batch.S + room) / tensor
     flops = rows * (2.0 * numbers + attended)
     by_bytes, by_flops = read / (device.bandwidth * DECODE), flops / peak
     steps = batch.T * math.ceil(batch.G / batch.W)  # every completion as long as it may be

@@ -5,8 +5,8 @@ The prompt's keys and values are kept once and shared by the group. A prompt has
 with a small cache that the loop carries and XLA updates in place; a lane whose completion has ended
 takes the prompt's next one, so that short completions do not wait for long ones. The draws belong
 to the completions, not to the lanes: W changes the time and the memory, not what is sampled.
-Every token reads the whole cache, so that a cache begins small and is doubled when it is full: one
-loop after another, each with its own program.
+Every token reads the whole cache, so a cache begins small and is doubled when it is full: one loop
+after another, each compiled for its size.
 Layers are unrolled in the loop and their parameters sliced, cast and (LoRA) merged once before it,
 and on a CPU transposed.
 """
